@@ -38,7 +38,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         if self.version > CONFIG_VERSION:
-            raise ValueError(f"version is {self.version}; this release reads configurations up to version {CONFIG_VERSION}: upgrade poet-megatron")
+            raise ValueError(f"version is {self.version}; this release reads versions up to {CONFIG_VERSION}: upgrade poet-megatron")
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}; it must be less than train.steps = {self.train.steps}")
         if self.method == "poet":
@@ -50,4 +50,6 @@ class RunConfig:
             block = self.poet.side_block(side)
             for name, width in widths.items():
                 if block > 1 and block > width:
-                    raise ValueError(f"block size {int(block)} (side {side}) is larger than {name} = {width}: set poet.block_size to at most {width}")
+                    raise ValueError(
+                        f"block size {int(block)} (side {side}) is larger than {name} = {width}: poet.block_size is at most {width}"
+                    )

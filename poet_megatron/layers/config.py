@@ -18,9 +18,9 @@ class PoetConfig:
     """How W = R W0 P is parameterized (POET, Qiu et al., sections 3.2 and 5.2)."""
 
     variant: str = "bs"
-    """bs: block-stochastic, a random permutation around a block diagonal (Eq. 5); fs: fully-stochastic, one block on a random index set (Eq. 4)."""
+    """bs: block-stochastic, a permutation around a block diagonal (Eq. 5); fs: fully-stochastic, a block on a random index set (Eq. 4)."""
     block_size: float = 256
-    """Block size b of both sides: an integer above 1 is a size, a number in (0, 1] is a fraction of the width (fs only), 0 freezes the side."""
+    """Block size b of both sides: an integer above 1 is a size, a number in (0, 1] a fraction of the width (fs only), 0 freezes the side."""
     block_size_in: float | None = None
     """Block size of the input side (R); overrides block_size."""
     block_size_out: float | None = None
@@ -30,13 +30,13 @@ class PoetConfig:
     neumann_terms: int = 4
     """k of Eq. 6. Prefer even values: the orthogonality defect is |Q|^(2k+2) for even k, about 2|Q|^(k+1) for odd k."""
     neumann_tail: str = "paper"
-    """Coefficient of the last power Q^(k+1): paper = 1 (Eq. 6), doubled = the power is dropped, so that every coefficient is 2."""
+    """Coefficient of the last power Q^(k+1): paper = 1 (Eq. 6), doubled = 2, so that every coefficient is 2."""
     compute: str = "auto"
     """input: rotate activations; weight: form the effective weight (fs only); auto: whichever needs fewer flops."""
     merge_interval: int = 400
     """T_m: optimizer steps between merge-then-reinitialize; 0 never merges."""
     merge_polish: str = "off"
-    """off: merge the same map that the forward pass used (keeps the function); exact: merge the exact Cayley of the same skew (keeps the spectrum)."""
+    """off: merge the map that the forward pass used (keeps the function); exact: merge its exact Cayley map (keeps the spectrum)."""
     merge_reset_moments: bool = True
     """Reset Adam's moments and step of the skews at every merge, as the paper does."""
     merge_clip_warmup: int = 10
@@ -48,7 +48,7 @@ class PoetConfig:
     master_weights: bool = True
     """Keep an fp32 master of every rotated weight when training in bf16, so that merges do not accumulate rounding."""
     shard_groups: int = 0
-    """Groups of features that permutations and blocks never leave; 0 means the tensor-parallel size. Training is the same on any tensor-parallel size dividing it."""
+    """Groups of features that permutations and blocks never leave; 0 means the tensor-parallel size, which must divide it."""
 
     def __post_init__(self) -> None:
         one_of("poet.variant", self.variant, VARIANTS)
@@ -64,7 +64,9 @@ class PoetConfig:
         if not 0 < self.merge_clip_scale <= 1:
             raise ValueError(f"poet.merge_clip_scale is {self.merge_clip_scale}; it must lie in (0, 1]")
         if self.compute == "weight" and self.variant == "bs":
-            raise ValueError("poet.compute is 'weight' with poet.variant 'bs'; block-stochastic layers never win by it: use 'input' or 'auto'")
+            raise ValueError(
+                "poet.compute is 'weight' with poet.variant 'bs'; block-stochastic layers never win by it: use 'input' or 'auto'"
+            )
 
     def _check_block(self, name: str, value: float | None) -> None:
         if value is None or value == 0:
@@ -72,10 +74,11 @@ class PoetConfig:
         if value < 0 or (value > 1 and value != int(value)):
             raise ValueError(f"{name} is {value}; give an integer size of at least 2, a fraction in (0, 1], or 0 to freeze the side")
         if value <= 1 and self.variant == "bs":
-            raise ValueError(f"{name} is {value}, a fraction, with poet.variant 'bs'; block-stochastic layers take an integer block size such as 256")
+            raise ValueError(
+                f"{name} is {value}, a fraction, with poet.variant 'bs'; block-stochastic layers take an integer block size such as 256"
+            )
 
     def side_block(self, side: str) -> float:
         """Block size setting of one side, "in" (R) or "out" (P)."""
         own = self.block_size_in if side == "in" else self.block_size_out
         return self.block_size if own is None else own
-

@@ -34,7 +34,7 @@ class ModelConfig:
     rotary_base: int = 10000
     """Base of the rotary position embedding."""
     init: str = "normalized"
-    """Initialization of the linear layers: normalized (unit-norm Gaussian neurons), standard (N(0, init_std)), xavier, uniform-spectrum (singular values all 1)."""
+    """Linear layers: normalized (unit-norm Gaussian neurons), standard (N(0, init_std)), xavier, uniform-spectrum (singular values 1)."""
     init_std: float = 0.02
     """Standard deviation of the standard initialization, of the embedding and of lm_head."""
 

@@ -1,0 +1,134 @@
+r"""Megatron's indexed datasets: `<prefix>.bin` holds token ids, `<prefix>.idx` where each document begins.
+
+.idx: b"MMIDIDX\0\0", u64 version 1, u8 dtype code (8 = uint16, 4 = int32), u64 sequences, u64 documents + 1, int32 lengths, int64 byte
+pointers, int64 document boundaries. Written here without megatron-core, whose module imports torch (4 s); the tests read it back with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.files import publish, temporary_name
+from poet_megatron.errors import UserError
+
+HEADER = b"MMIDIDX\x00\x00"
+DTYPE_CODES: dict[type[np.integer], int] = {np.uint16: 8, np.int32: 4}
+UINT16_VOCAB = 65500
+"""Megatron stores vocabularies below this as uint16."""
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """The type in which Megatron stores ids of such a vocabulary."""
+    return np.uint16 if vocab_size < UINT16_VOCAB else np.int32
+
+
+def bin_path(prefix: Path) -> Path:
+    """The file of token ids."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """The file of document boundaries."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+class IndexedWriter:
+    """Writes documents one by one; the files get their names when the `with` block ends without an exception, else they are removed."""
+
+    def __init__(self, prefix: Path, dtype: type[np.integer]):
+        self.prefix, self.dtype = prefix, dtype
+        self.documents = self.tokens = 0
+        self._lengths = array("i")
+        self._digest = hashlib.sha256()
+        self._temporary = temporary_name(bin_path(prefix))
+        self._bin = self._temporary.open("wb")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids written so far."""
+        return self._digest.hexdigest()
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append one document, which must have a token."""
+        if not ids:
+            raise ValueError("a document without tokens cannot be indexed: skip it")
+        content = np.asarray(ids, dtype=self.dtype).tobytes()
+        self._bin.write(content)
+        self._digest.update(content)
+        self._lengths.append(len(ids))
+        self.documents += 1
+        self.tokens += len(ids)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                publish(self._bin, self._temporary, bin_path(self.prefix))
+                self._write_index()
+        finally:
+            self._bin.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.zeros(0, np.int32)
+        pointers = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1].astype(np.int64) * np.dtype(self.dtype).itemsize, out=pointers[1:])
+        temporary = temporary_name(idx_path(self.prefix))
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(HEADER + struct.pack("<QBQQ", 1, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
+                stream.write(lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+                publish(stream, temporary, idx_path(self.prefix))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class IndexedTokens:
+    """Read side: all token ids as one memory map, document i being tokens[starts[i] : starts[i + 1]]."""
+
+    tokens: npt.NDArray[np.integer]
+    starts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def document(self, number: int) -> npt.NDArray[np.integer]:
+        """Token ids of one document, its end-of-sequence token included."""
+        return self.tokens[self.starts[number] : self.starts[number + 1]]
+
+
+def read_indexed(prefix: Path) -> IndexedTokens:
+    """Open a dataset written by `IndexedWriter` (or by Megatron with one sequence per document)."""
+    try:
+        content = idx_path(prefix).read_bytes()
+        stored = bin_path(prefix).stat().st_size
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): run poet-megatron prepare again") from error
+    head = len(HEADER) + struct.calcsize("<QBQQ")
+    if len(content) < head or content[: len(HEADER)] != HEADER:
+        raise UserError(f"{idx_path(prefix)} is not a Megatron index (wrong or short header): run poet-megatron prepare again")
+    _, code, count, _ = struct.unpack_from("<QBQQ", content, len(HEADER))
+    dtypes = {value: key for key, value in DTYPE_CODES.items()}
+    if code not in dtypes or len(content) < head + 4 * count:
+        raise UserError(
+            f"{idx_path(prefix)} is damaged (dtype code {code}, {count} sequences, {len(content)} bytes): run poet-megatron prepare again"
+        )
+    starts = np.zeros(count + 1, np.int64)
+    np.cumsum(np.frombuffer(content, np.int32, count, head), out=starts[1:], dtype=np.int64)
+    expected = int(starts[-1]) * np.dtype(dtypes[code]).itemsize
+    if stored != expected:
+        raise UserError(f"{bin_path(prefix)} has {stored} bytes; its index says {expected}: run poet-megatron prepare again")
+    tokens: npt.NDArray[np.integer] = np.memmap(bin_path(prefix), dtypes[code], "r") if expected else np.zeros(0, dtypes[code])
+    return IndexedTokens(tokens, starts)

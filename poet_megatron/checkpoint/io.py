@@ -1,0 +1,152 @@
+"""Saving and resuming a run through megatron-core's distributed checkpointing."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from poet_megatron.checkpoint.rng import rng_state, set_rng_state
+from poet_megatron.checkpoint.safety import check_metadata
+from poet_megatron.checkpoint.sharded import adam_steps, load_tensors, set_adam_steps, sharded_state
+from poet_megatron.checkpoint.store import CheckpointStore
+from poet_megatron.config.dump import to_yaml
+from poet_megatron.engine.build import Engine
+from poet_megatron.engine.state import TrainState
+from poet_megatron.errors import UserError
+from poet_megatron.ops.philox import ALGORITHM_VERSION
+from poet_megatron.optim.merge import set_merge_index
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.yaml"
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, data: dict[str, Any]) -> Path:
+    """Write the whole state of the run; it appears under its final name only when every rank's part is on disk.
+
+    Args:
+        store: the run's checkpoints.
+        engine: model, optimizer, schedule.
+        state: counters of the run.
+        data: position in the training data, the same on every rank.
+    """
+    rank = engine.context.rank
+    if engine.context.is_main:
+        store.begin(state.step)
+    dist.barrier()
+    staging = store.staging(state.step)
+    dist_checkpointing.save({**sharded_state(engine), "common": {**_common(engine, state), "data": data}}, str(staging))
+    torch.save(rng_state(), staging / f"rng-{rank}.pt")
+    if engine.context.is_main:
+        (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
+    dist.barrier()
+    if engine.context.is_main:
+        store.commit(state.step)
+    dist.barrier()
+    return store.path(state.step)
+
+
+def choose_checkpoint(store: CheckpointStore, resume: str, is_main: bool, step: int | None = None) -> int | None:
+    """Step of the checkpoint to continue from, the same on every rank, or None to start afresh.
+
+    Args:
+        store: the run's checkpoints.
+        resume: "auto", "never" or "must" (checkpoint.resume).
+        is_main: only this rank reads the files.
+        step: a particular step instead of the newest intact one.
+
+    Raises:
+        UserError: `never` with a checkpoint there, `must` (or `step`) without an intact one, or no intact one among those there.
+    """
+    answer: list[Any] = [None, None]
+    if is_main:
+        try:
+            answer[0] = _choose(store, resume, step)
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def _choose(store: CheckpointStore, resume: str, step: int | None) -> int | None:
+    steps = store.steps()
+    if resume == "never" and steps:
+        raise UserError(
+            f"{store.root} holds checkpoints of steps {steps} and checkpoint.resume is never: delete them or choose another train.run_dir"
+        )
+    if step is not None:
+        if step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {store.root}; it has {steps or 'none'}")
+        if damage := store.damage(step):
+            raise UserError(f"the checkpoint of step {step} in {store.root} is damaged: {damage}")
+        return step
+    found = store.newest_intact()
+    if found is None and (steps or resume == "must"):
+        raise UserError(
+            f"{store.root} holds no intact checkpoint"
+            + (f" (damaged: {steps})" if steps else "; start the run without checkpoint.resume must")
+        )
+    return found
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """The plain part of a checkpoint: counters, versions, Adam's steps, position in the data.
+
+    Raises:
+        UserError: a file that is not to be trusted, or a format newer than this release.
+    """
+    check_metadata(path / ".metadata")
+    common = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    for name, newest in (("format_version", FORMAT_VERSION), ("philox_version", ALGORITHM_VERSION)):
+        if common[name] > newest:
+            raise UserError(f"{path} has {name} {common[name]}; this release reads up to {newest}: upgrade poet-megatron")
+    return common
+
+
+def load_checkpoint(path: Path, engine: Engine, common: dict[str, Any]) -> TrainState:
+    """Restore the whole state of a run from a complete checkpoint.
+
+    The permutations of the checkpoint's merge index are drawn first; then the canonical weights are stored in their order.
+
+    Args:
+        path: a checkpoint directory.
+        engine: built from the same model and method.
+        common: `read_common(path)`.
+    """
+    set_merge_index([engine.model], common["state"]["merge_index"])
+    request = sharded_state(engine)
+    loaded = dist_checkpointing.load({**request}, str(path))
+    load_tensors(engine, loaded)
+    set_adam_steps(engine, common["adam_steps"])
+    engine.scheduler.num_steps = common["scheduler_steps"]
+    engine.scheduler.step(0)
+    _load_rng(path / f"rng-{engine.context.rank}.pt")
+    return TrainState(**common["state"])
+
+
+def _load_rng(path: Path) -> None:
+    if path.exists():
+        set_rng_state(torch.load(path, weights_only=True))
+    else:
+        logger.warning(
+            "%s is missing: this rank did not exist when the checkpoint was written and starts with fresh random-number state", path
+        )
+
+
+def _common(engine: Engine, state: TrainState) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "philox_version": ALGORITHM_VERSION,
+        "state": asdict(state),
+        "adam_steps": adam_steps(engine),
+        "scheduler_steps": engine.scheduler.num_steps,
+        "world_size": engine.context.world_size,
+    }

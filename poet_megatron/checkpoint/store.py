@@ -1,0 +1,102 @@
+"""Checkpoint directories: written aside and renamed when complete, checksummed, the last k kept, damaged ones passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})$")
+_READ_BYTES = 1 << 22
+
+
+class CheckpointStore:
+    """The checkpoints of one run, `<root>/step-NNNNNNNN`."""
+
+    def __init__(self, root: Path, keep_last: int = 2) -> None:
+        self.root, self.keep_last = root, keep_last
+
+    def path(self, step: int) -> Path:
+        """Directory of the complete checkpoint of `step`."""
+        return self.root / f"step-{step:08d}"
+
+    def staging(self, step: int) -> Path:
+        """Directory that the checkpoint of `step` is written to before it is complete."""
+        return self.root / f"step-{step:08d}.partial"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(match[1]) for entry in self.root.iterdir() if (match := _NAME.match(entry.name)))
+
+    def begin(self, step: int) -> Path:
+        """Make an empty staging directory for `step`, clearing what an interrupted save left behind."""
+        for leftover in self.root.glob("step-*.partial"):
+            shutil.rmtree(leftover)
+        staging = self.staging(step)
+        staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, step: int) -> Path:
+        """Checksum and fsync the staged files, rename them into place, delete old checkpoints; returns the final directory."""
+        staging, final = self.staging(step), self.path(step)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        (staging / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
+        for path in [*files, staging / MANIFEST, staging]:
+            _fsync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        _fsync(self.root)
+        for old in self.steps()[: -self.keep_last]:
+            shutil.rmtree(self.path(old))
+        return final
+
+    def newest_intact(self) -> int | None:
+        """Step of the newest checkpoint whose files match their checksums, or None; damaged newer ones are named in a warning."""
+        for step in reversed(self.steps()):
+            damage = self.damage(step)
+            if damage is None:
+                return step
+            logger.warning("checkpoint %s is damaged (%s): falling back to the one before", self.path(step), damage)
+        return None
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of `step`, or None if all of them are as they were written."""
+        root = self.path(step)
+        try:
+            files = json.loads((root / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"unreadable {MANIFEST}: {error}"
+        for name, expected in files.items():
+            path = root / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                return f"{name} does not match its checksum"
+        return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""A frozen matrix between two learnable rotations: W = R W0 P, stored as Megatron and torch store weights, [out, in] = W^T.
+
+The stored weight w' has its rows and columns in the stored order of the two rotations (w' = w[perm_out][:, perm_in]), so that permutations
+cost nothing in the GEMM. Checkpoints and exports see feature order only ("canonical").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poet_megatron.layers.config import PoetConfig
+from poet_megatron.layers.cost import choose_compute
+from poet_megatron.layers.effective import EffectiveWeight
+from poet_megatron.layers.rotation import Rotation
+from poet_megatron.layers.side import SideLayout
+from poet_megatron.ops.block_product import BlockRun
+from poet_megatron.ops.cayley import EXACT, OrthogonalMap
+from poet_megatron.ops.merge import merge_input, merge_output, permute_weight
+from poet_megatron.ops.philox import PERMUTATION, StreamKey
+
+
+@dataclass(frozen=True)
+class MatrixId:
+    """Names a matrix across ranks and restarts: run seed, global layer number, number of the matrix in its layer."""
+
+    seed: int
+    layer: int
+    matrix: int
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Shard groups of the two sides on this rank: how many, and the global number of the first one."""
+
+    groups_in: int = 1
+    groups_out: int = 1
+    first_group_in: int = 0
+    first_group_out: int = 0
+
+
+class RotatedMatrix(nn.Module):
+    """y = x R W0 P for row vectors x, with W0 frozen.
+
+    Parameters:
+        weight: [out, in], frozen, in stored order (canonical in state_dict).
+        rotation_in.skew, rotation_out.skew: see Rotation.
+
+    Attributes:
+        master: W0 [out, in] in fp32 and feature order, or None. Merges are computed on it and checkpoints hold it.
+        merge_index: merges so far; selects the permutations.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: PoetConfig,
+        identity: MatrixId,
+        shards: ShardSpec | None = None,
+        tokens_per_step: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the matrix (uninitialized; see load_canonical) and its two factors at merge index 0.
+
+        Args:
+            in_features: inputs on this rank.
+            out_features: outputs on this rank.
+            config: what is learned and how.
+            identity: seeds the permutations.
+            shards: shard groups on this rank; one group per side by default.
+            tokens_per_step: tokens per rank and optimizer step, for compute = auto.
+            device: device of the weight.
+            dtype: dtype of the weight; skews are float32 unless the module is converted.
+
+        Raises:
+            ValueError: a block is larger than its side, or the groups do not divide a side.
+        """
+        super().__init__()
+        shards = shards or ShardSpec()
+        self.config, self.merge_index = config, 0
+        side_in = SideLayout.build(in_features, shards.groups_in, config.side_block("in"), config.variant)
+        side_out = SideLayout.build(out_features, shards.groups_out, config.side_block("out"), config.variant)
+        tail = 1.0 if config.neumann_tail == "paper" else 2.0
+        orthogonal_map = OrthogonalMap(config.orthogonal_map, config.neumann_terms, tail)
+        keys = [StreamKey(identity.seed, PERMUTATION, identity.layer, identity.matrix, side) for side in (0, 1)]
+        self.rotation_in = Rotation(side_in, orthogonal_map, keys[0], shards.first_group_in)
+        self.rotation_out = Rotation(side_out, orthogonal_map, keys[1], shards.first_group_out)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False)
+        self.compute = choose_compute(config.compute, config.variant, tokens_per_step, side_in, side_out)
+        self.effective: EffectiveWeight | None = None
+        if self.compute == "weight":
+            self.effective = EffectiveWeight(self)
+            self.factor_cache = self.effective.factor_cache
+        self.master: Tensor | None = None
+        self._register_state_dict_hook(_canonical_state)
+        self._register_load_state_dict_pre_hook(self._store_state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> y [..., out], dtype of the weight."""
+        if self.effective is not None:
+            return self.effective(x)
+        return self.rotate_output(F.linear(self.rotate_input(x), self.weight))
+
+    def rotate_input(self, x: Tensor) -> Tensor:
+        """Apply R: x [..., in] in feature order -> stored order (input-centric computation)."""
+        return self.rotation_in(x, output_side=False)
+
+    def rotate_output(self, z: Tensor) -> Tensor:
+        """Apply P: z [..., out] in stored order -> feature order (input-centric computation)."""
+        return self.rotation_out(z, output_side=True)
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        """Bring a [out, in] tensor from stored to feature order (a copy)."""
+        return permute_weight(stored, _order(self.rotation_out, inverse=True), _order(self.rotation_in, inverse=True))
+
+    def stored(self, canonical: Tensor) -> Tensor:
+        """Bring a [out, in] tensor from feature to stored order (a copy)."""
+        return permute_weight(canonical, _order(self.rotation_out), _order(self.rotation_in))
+
+    def keep_master(self) -> None:
+        """Keep an fp32 master of W0 from now on, starting from the working weight."""
+        self.master = self.canonical(self.weight.detach()).float()
+
+    @torch.no_grad()
+    def load_canonical(self, weight: Tensor) -> None:
+        """Set W0, and its master if there is one, from a weight [out, in] in feature order."""
+        weight = weight.to(self.weight.device)
+        if self.master is not None:
+            self.master.copy_(weight)
+        self.weight.copy_(self.stored(weight))
+
+    @torch.no_grad()
+    def set_merge_index(self, merge_index: int) -> None:
+        """Redraw the permutations of `merge_index` and re-store the weight accordingly; its canonical form is unchanged."""
+        if self.weight.is_meta:
+            self.merge_index = merge_index
+            return
+        canonical = self.canonical(self.weight) if self.master is None else self.master
+        self.merge_index = merge_index
+        self.rotation_in.draw(merge_index)
+        self.rotation_out.draw(merge_index)
+        self.load_canonical(canonical)
+
+    @torch.no_grad()
+    def merged(self, exact: bool = False) -> Tensor:
+        """R W0 P [out, in] in feature order, at least fp32, from the master if there is one; the module is unchanged.
+
+        Args:
+            exact: merge the exact Cayley map of the same skews (merge_polish = exact).
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        stored = self.weight.to(dtype) if self.master is None else self.stored(self.master)
+        increments_in, runs_in = _merge_factor(self.rotation_in, dtype, exact)
+        increments_out, runs_out = _merge_factor(self.rotation_out, dtype, exact)
+        return self.canonical(merge_output(merge_input(stored, increments_in, runs_in), increments_out, runs_out))
+
+    @torch.no_grad()
+    def merge(self, exact: bool = False) -> None:
+        """Merge-then-reinitialize (paper, step 5): fold R and P into W0, zero the skews, draw the next permutations.
+
+        The arithmetic is fp32; without a master the result is rounded to the dtype of the weight.
+        """
+        weight = self.merged(exact)
+        self.merge_index += 1
+        for rotation in (self.rotation_in, self.rotation_out):
+            if rotation.skew is not None:
+                rotation.skew.zero_()
+            rotation.draw(self.merge_index)
+        self.load_canonical(weight)
+
+    def _store_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if (weight := state_dict.get(f"{prefix}weight")) is None:
+            return
+        if self.master is not None:
+            self.master.copy_(weight)
+        state_dict[f"{prefix}weight"] = self.stored(weight)
+
+
+def _canonical_state(module: RotatedMatrix, state_dict: dict[str, Any], prefix: str, _: Mapping[str, Any]) -> None:
+    key = f"{prefix}weight"
+    if module.master is not None:
+        state_dict[key] = module.master
+    elif not module.weight.is_meta:
+        state_dict[key] = module.canonical(module.weight.detach())
+
+
+def _order(rotation: Rotation, inverse: bool = False) -> Tensor | None:
+    if rotation.skew is None:
+        return None
+    return rotation.inverse if inverse else rotation.perm
+
+
+def _merge_factor(rotation: Rotation, dtype: torch.dtype, exact: bool) -> tuple[list[Tensor], tuple[BlockRun, ...]]:
+    orthogonal_map = EXACT if exact else rotation.map
+    return [orthogonal_map.increment(q) for q in rotation.skew_blocks(dtype)], rotation.layout.runs

@@ -1,0 +1,90 @@
+"""Process groups of a run: torch.distributed (NCCL on GPUs, gloo on CPUs), megatron-core's groups, the RNG tracker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from poet_megatron.errors import UserError
+from poet_megatron.parallel.config import ParallelConfig
+from poet_megatron.parallel.cpu_shim import cuda_names_on_cpu
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands.
+
+    Attributes:
+        rank: global rank.
+        world_size: processes in all.
+        data_rank: rank among data-parallel replicas.
+        data_size: data-parallel replicas.
+        device: this process's device.
+    """
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process reports and writes files."""
+        return self.rank == 0
+
+
+@contextmanager
+def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelContext]:
+    """Set up every process group of a run, and tear it down.
+
+    Under torchrun the environment gives rank and world size; otherwise the run is a single process.
+
+    Args:
+        config: parallel layout.
+        seed: seeds torch and Megatron's RNG tracker.
+
+    Raises:
+        UserError: the world size is not a multiple of tensor x pipeline parallel sizes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = config.tensor_parallel * config.pipeline_parallel
+    if world_size % model_size:
+        raise UserError(
+            f"{world_size} processes cannot be split into groups of tensor x pipeline parallel = {model_size}: launch a multiple of it"
+        )
+    device = _device()
+    _init_distributed(device, timedelta(minutes=config.timeout_minutes))
+    try:
+        with cuda_names_on_cpu():
+            parallel_state.initialize_model_parallel(config.tensor_parallel, config.pipeline_parallel)
+            torch.manual_seed(seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+            yield ParallelContext(dist.get_rank(), dist.get_world_size(), data_rank, data_size, device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_distributed(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,37 @@
+"""`poet-megatron export`: a run's checkpoint, merged, as a Hugging Face Llama folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from poet_megatron.checkpoint.hf_export import export_hf
+from poet_megatron.data.prepared import PreparedData
+from poet_megatron.errors import UserError
+from poet_megatron.model.canonical import canonical_slots
+from poet_megatron.monitor.run_dir import RunDirectory
+from poet_megatron.train.restore import open_run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> Path:
+    """Export a checkpoint; R and P are folded into the weights, so the model runs like any dense Llama.
+
+    Args:
+        run: run directory.
+        output: folder to write; <run>/export by default.
+        step: which checkpoint; the newest intact one by default.
+        dtype: "fp32", "bf16" or "fp16".
+
+    Returns:
+        The folder.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    with open_run(run, step) as (engine, _):
+        settings = engine.run
+        prepared = PreparedData.open(settings.data.path, settings.model.vocab_size, settings.model.seq_length)
+        tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.model, settings.model))
+        return export_hf(tensors, settings.model, prepared.tokenizer_path, output or RunDirectory(run).export_path, DTYPES[dtype])

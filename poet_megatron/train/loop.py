@@ -1,0 +1,96 @@
+"""The training loop, readable top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from poet_megatron.checkpoint.io import save_checkpoint
+from poet_megatron.checkpoint.store import CheckpointStore
+from poet_megatron.data.train_data import TrainBatches
+from poet_megatron.engine.build import Engine
+from poet_megatron.engine.state import TrainState
+from poet_megatron.optim.merge import clip_threshold, largest_skew_norm, merge_model
+from poet_megatron.train.evaluate import EvalResult
+from poet_megatron.train.report import Reporter
+from poet_megatron.train.signals import StopFlag
+from poet_megatron.train.step import train_step
+
+SKEW_CHECK_INTERVAL = 10
+
+
+@dataclass
+class Loop:
+    """What one start of a run works with.
+
+    Attributes:
+        engine: model, optimizer, schedule.
+        data: training micro-batches.
+        evaluate: runs an evaluation on the validation data.
+        store: checkpoints.
+        reporter: console and metrics.
+        stop: whether a signal asked to stop.
+    """
+
+    engine: Engine
+    data: TrainBatches
+    evaluate: Callable[[], EvalResult]
+    store: CheckpointStore
+    reporter: Reporter
+    stop: StopFlag
+
+    def run(self, state: TrainState) -> int:
+        """Train from `state` to the last step.
+
+        Returns:
+            The number of the signal that stopped the run, or 0. Whatever ended it, the state reached is saved.
+        """
+        run, engine = self.engine.run, self.engine
+        last = min(run.train.steps, run.train.stop_at_step or run.train.steps)
+        saved = state.step
+        if state.step == 0:
+            self._evaluate(state)
+        while state.step < last:
+            clip = clip_threshold(state.step + 1, state.last_merge, run.optim.clip_grad, run.poet)
+            result = train_step(engine, self.data.micro_batches(state.step), clip)
+            self.data.advance()
+            state.step += 1
+            state.tokens += result.tokens
+            self.reporter.step(result)
+            if state.step % run.monitor.log_interval == 0 or state.step == last:
+                self.reporter.log(state, result)
+            self._merge_if_due(state)
+            if run.train.eval_interval and state.step % run.train.eval_interval == 0 and state.step < run.train.steps:
+                self._evaluate(state)
+            signal_number = self.stop.agreed(engine.context.device)
+            if signal_number or state.step == last or (run.checkpoint.interval and state.step % run.checkpoint.interval == 0):
+                self._save(state)
+                saved = state.step
+            if signal_number:
+                return signal_number
+        if state.step == run.train.steps and saved == state.step:
+            self._evaluate(state)
+        return 0
+
+    def _merge_if_due(self, state: TrainState) -> None:
+        poet = self.engine.run.poet
+        if self.engine.run.method != "poet":
+            return
+        due = poet.merge_interval > 0 and state.step % poet.merge_interval == 0
+        if not due and poet.merge_at_skew_norm and state.step % SKEW_CHECK_INTERVAL == 0:
+            due = largest_skew_norm([self.engine.model]) > poet.merge_at_skew_norm
+        if due:
+            merge_model([self.engine.model], self.engine.optimizer, poet)
+            state.merge_index += 1
+            state.last_merge = state.step
+
+    def _evaluate(self, state: TrainState) -> None:
+        self.reporter.pause()
+        self.reporter.evaluation(state.step, self.evaluate())
+        self.reporter.resume()
+
+    def _save(self, state: TrainState) -> None:
+        self.reporter.pause()
+        path = save_checkpoint(self.store, self.engine, state, dict(self.data.state_dict()))
+        self.reporter.note(f"step {state.step}: saved {path}")
+        self.reporter.resume()

@@ -1,0 +1,121 @@
+"""Turns what happened in a log interval into metrics, the console line and the files of the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from poet_megatron.engine.build import Engine
+from poet_megatron.engine.state import TrainState
+from poet_megatron.model.flops import step_flops
+from poet_megatron.monitor.console import format_line
+from poet_megatron.monitor.eta import EtaEstimator
+from poet_megatron.monitor.metrics import MetricsLogger
+from poet_megatron.optim.build import learning_rates
+from poet_megatron.optim.merge import rotation_health
+from poet_megatron.train.evaluate import EvalResult, perplexity
+from poet_megatron.train.step import StepResult
+
+GIB = 2**30
+TERA = 1e12
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Console and metrics of one start of a run; silent on ranks other than 0."""
+
+    def __init__(self, engine: Engine, metrics: MetricsLogger, start_step: int) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.eta = EtaEstimator(engine.run.train.steps)
+        self.eta.update(start_step, time.monotonic())
+        tokens = engine.run.train.global_batch_size * engine.run.model.seq_length // engine.context.data_size
+        self._flops = step_flops(engine.run, engine.model, tokens)
+        self._losses: list[float] = []
+        self._tokens, self._steps, self._since = 0, 0, time.monotonic()
+
+    def step(self, result: StepResult) -> None:
+        """Take note of one step."""
+        self._losses.append(result.loss)
+        self._tokens += result.tokens
+        self._steps += 1
+
+    def log(self, state: TrainState, result: StepResult) -> None:
+        """Report the interval that ends with `result`; the loss is its mean over the interval."""
+        if not self.engine.context.is_main:
+            self._reset()
+            return
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        loss = sum(self._losses) / len(self._losses)
+        rates = learning_rates(self.engine.optimizer)
+        world = self.engine.context.world_size
+        metrics = {
+            "step": state.step,
+            "train/loss": loss,
+            "train/ppl": perplexity(loss),
+            "optim/lr": rates["base"],
+            "optim/grad_norm": result.grad_norm,
+            "perf/tokens_per_s": self._tokens / elapsed,
+            "perf/tokens_per_s_per_gpu": self._tokens / elapsed / world,
+            "mem/peak_gib": peak_memory() / GIB,
+            "data/tokens": state.tokens,
+        }
+        if (peak := self.engine.run.monitor.peak_tflops) > 0:
+            metrics["perf/mfu"] = self._flops * self._steps / elapsed / (peak * TERA)
+        metrics |= self._poet_metrics(state, rates)
+        self.metrics.log(metrics, state.step)
+        eta = self.eta.update(state.step, time.monotonic())
+        print(format_line(metrics, self.engine.run.train.steps, world, eta), flush=True)
+        self._reset()
+
+    def evaluation(self, step: int, result: EvalResult, reference: EvalResult | None = None) -> None:
+        """Report an evaluation."""
+        if not self.engine.context.is_main:
+            return
+        metrics = {"eval/loss": result.loss, "eval/ppl": result.ppl, "eval/tokens": float(result.tokens)}
+        if reference is not None:
+            metrics["eval/ppl_reference_protocol"] = reference.ppl_reference_protocol
+        self.metrics.log(metrics, step)
+        print(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.ppl:.2f} ({result.tokens:,} tokens)", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        if self.engine.context.is_main:
+            print(text, flush=True)
+
+    def pause(self) -> None:
+        """Leave what follows (an evaluation, a checkpoint) out of the next interval's speed; `resume` ends it."""
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._since += time.monotonic() - self._paused
+
+    def _poet_metrics(self, state: TrainState, rates: dict[str, float]) -> dict[str, float]:
+        run = self.engine.run
+        if run.method != "poet":
+            return {}
+        error, norm = rotation_health([self.engine.model])
+        metrics = {"optim/poet_lr": rates.get("poet", 0.0), "poet/ortho_error": error, "poet/skew_norm": norm}
+        metrics["poet/merge_index"] = state.merge_index
+        if interval := run.poet.merge_interval:
+            metrics["poet/steps_to_merge"] = interval - state.step % interval
+        return metrics
+
+    def _reset(self) -> None:
+        self._losses, self._tokens, self._steps, self._since = [], 0, 0, time.monotonic()
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: allocated on its GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss

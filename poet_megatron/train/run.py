@@ -1,0 +1,163 @@
+"""`poet-megatron pretrain`: sets up a run, trains, and leaves it so that the same command continues it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from poet_megatron.checkpoint.io import CONFIG_NAME, choose_checkpoint, load_checkpoint, read_common
+from poet_megatron.checkpoint.store import CheckpointStore
+from poet_megatron.config.dump import diff_configs, flat_values, to_yaml
+from poet_megatron.config.load import load_config
+from poet_megatron.config.run import RunConfig
+from poet_megatron.data.eval_data import packed_eval_batches
+from poet_megatron.data.prepared import PreparedData
+from poet_megatron.data.train_data import TrainBatches, build_train_dataset
+from poet_megatron.engine.build import Engine, build_engine
+from poet_megatron.engine.state import TrainState
+from poet_megatron.errors import UserError
+from poet_megatron.monitor.metrics import MetricsLogger
+from poet_megatron.monitor.run_dir import RunDirectory
+from poet_megatron.parallel.context import ParallelContext, parallel_context
+from poet_megatron.train.evaluate import EvalResult, evaluate
+from poet_megatron.train.loop import Loop
+from poet_megatron.train.report import Reporter
+from poet_megatron.train.signals import stop_on_signals
+
+EXIT_SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: saved, run the same command again
+FIXED_SECTIONS = (
+    "method",
+    "model.",
+    "poet.variant",
+    "poet.block_size",
+    "poet.shard_groups",
+    "train.seed",
+    "train.precision",
+    "poet.master_weights",
+)
+logger = logging.getLogger(__name__)
+
+
+def pretrain(run: RunConfig) -> int:
+    """Train as `run` says, continuing from its run directory's newest intact checkpoint.
+
+    Returns:
+        0 when the run is complete (or reached train.stop_at_step), 75 when a signal ended it after saving.
+    """
+    if not run.train.run_dir:
+        raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
+    prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
+    with parallel_context(run.parallel, run.train.seed) as context:
+        directory = RunDirectory(run.train.run_dir)
+        _on_main(context, directory.acquire)
+        try:
+            return _train(run, context, directory, prepared)
+        finally:
+            if context.is_main:
+                directory.release()
+
+
+def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData) -> int:
+    store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
+    resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
+    common = _checked_common(store, resume_step, run)
+    engine = build_engine(run, context)
+    data = _train_batches(run, context, prepared)
+    state = TrainState()
+    if common is not None and resume_step is not None:
+        state = load_checkpoint(store.path(resume_step), engine, common)
+        data.load_state_dict(common["data"])
+    if context.is_main:
+        directory.write_config(to_yaml(run))
+        directory.write_run_info()
+    with MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
+        metrics.rewind(state.step)
+        reporter = Reporter(engine, metrics, state.step)
+        _announce(run, engine, reporter, state, directory)
+        if state.step >= run.train.steps:
+            reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
+            return 0
+        with stop_on_signals() as stop:
+            signal_number = Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, stop).run(state)
+    if signal_number:
+        reporter.note(f"stopped by {signal.Signals(signal_number).name} at step {state.step}; the same command continues from there")
+        return EXIT_SAVED_ON_SIGNAL
+    return 0
+
+
+def _train_batches(run: RunConfig, context: ParallelContext, prepared: PreparedData) -> TrainBatches:
+    cache = Path(run.data.cache) if run.data.cache else prepared.path / "cache"
+    dataset = build_train_dataset(
+        prepared, seq_length=run.model.seq_length, samples=run.train.steps * run.train.global_batch_size, seed=run.train.seed, cache=cache
+    )
+    return TrainBatches(
+        dataset,
+        micro_batch_size=run.train.micro_batch_size,
+        dp_rank=context.data_rank,
+        dp_size=context.data_size,
+        global_batch_size=run.train.global_batch_size,
+        device=context.device,
+    )
+
+
+def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData) -> Callable[[], EvalResult]:
+    context = engine.context
+    batches = packed_eval_batches(
+        prepared.valid_prefix,
+        run.model.seq_length,
+        run.train.eval_batch_size or run.train.micro_batch_size,
+        context.data_rank,
+        context.data_size,
+        run.train.eval_tokens,
+        context.device,
+    )
+    return lambda: evaluate(engine, batches)
+
+
+def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) -> dict[str, Any] | None:
+    """Plain part of the checkpoint to continue from; UserError if it belongs to another model."""
+    if step is None:
+        return None
+    path = store.path(step)
+    common = read_common(path)
+    saved = load_config(path / CONFIG_NAME)
+    changes = diff_configs(saved, run)
+    fatal = [line for line in changes if line.startswith(FIXED_SECTIONS)]
+    if fatal:
+        raise UserError(
+            f"{path} was written by another model and cannot continue with: {'; '.join(fatal)}. "
+            "Undo the change or choose another train.run_dir"
+        )
+    if changes:
+        logger.warning("resuming with changed settings: %s", "; ".join(changes))
+    return common
+
+
+def _announce(run: RunConfig, engine: Engine, reporter: Reporter, state: TrainState, directory: RunDirectory) -> None:
+    trainable = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for name, p in engine.model.named_parameters() if not name.endswith(".skew"))
+    batch = run.train.global_batch_size * run.model.seq_length
+    reporter.note(
+        f"{run.method}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {engine.context.world_size} rank(s) on "
+        f"{engine.context.device.type}, {run.train.precision}; {batch:,} tokens per step, {run.train.steps} steps; writing to {directory.path}"
+    )
+    if state.step:
+        reporter.note(f"continuing from step {state.step} of {run.train.steps}")
+
+
+def _on_main(context: ParallelContext, action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; a UserError there ends every rank with the same message."""
+    message: list[str | None] = [None]
+    if context.is_main:
+        try:
+            action()
+        except UserError as error:
+            message[0] = str(error)
+    dist.broadcast_object_list(message, src=0)
+    if message[0]:
+        raise UserError(message[0])
