@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from poet_megatron import __version__
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = TRACEBACK_OPTION in words or os.environ.get("POET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != TRACEBACK_OPTION]
     try:
-        return _dispatch(words)
+        with warnings.catch_warnings():  # of megatron-core, about its optional parts and its own defaults
+            warnings.filterwarnings(
+                "ignore", message="Transformer Engine and Apex are not installed|Apex is not installed|full scope is deprecated"
+            )
+            return _dispatch(words)
     except SystemExit as finished:  # argparse: --help, --version and usage errors
         return finished.code if isinstance(finished.code, int) else EXIT_OK if finished.code is None else EXIT_USER_ERROR
     except KeyboardInterrupt:

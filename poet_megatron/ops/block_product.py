@@ -44,6 +44,8 @@ def block_product(x: Tensor, increments: Sequence[Tensor], runs: Sequence[BlockR
     Returns:
         y [T, width], contiguous.
     """
+    if x.device.type == "cpu":
+        return _block_product_cpu(x, increments, runs, transpose)
     pieces = []
     for increment, run in zip(increments, runs, strict=True):
         columns = _blocks(x, run)
@@ -55,7 +57,22 @@ def block_product(x: Tensor, increments: Sequence[Tensor], runs: Sequence[BlockR
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
+def _block_product_cpu(x: Tensor, increments: Sequence[Tensor], runs: Sequence[BlockRun], transpose: bool) -> Tensor:
+    """One product per block into a copy of x: on a CPU the batched product copies its operands, which costs more than the calls."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    for increment, run in zip(increments, runs, strict=True):
+        for index, block in enumerate(increment.mT if transpose else increment):
+            columns = slice(run.offset + index * run.size, run.offset + (index + 1) * run.size)
+            y[:, columns].addmm_(x[:, columns], block)
+    return y
+
+
 def block_product_grad(x: Tensor, grad_y: Tensor, runs: Sequence[BlockRun]) -> list[Tensor]:
     """dE = x_j^T dy_j for each block j: one [count, size, size] tensor per run, in the accumulation dtype (fp32 at least)."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    return [torch.bmm(_blocks(x, run).mT, _blocks(grad_y, run)).to(accumulate) for run in runs]
+    return [torch.bmm(_gemm_ready(_blocks(x, run)).mT, _gemm_ready(_blocks(grad_y, run))).to(accumulate) for run in runs]
+
+
+def _gemm_ready(blocks: Tensor) -> Tensor:
+    """Blocks as the batched product likes them: bf16 on a CPU is 7 to 13 times faster from contiguous memory."""
+    return blocks.contiguous() if blocks.device.type == "cpu" and blocks.dtype == torch.bfloat16 else blocks

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
@@ -172,6 +173,19 @@ def test_bugs_are_not_hidden(monkeypatch):
     stub(monkeypatch, fail(RuntimeError("bug")))
     with pytest.raises(RuntimeError, match="bug"):
         cli.main(["export"])
+
+
+def test_megatron_warnings_are_quiet_and_others_are_not(monkeypatch):
+    def run(args):
+        warnings.warn("Transformer Engine and Apex are not installed. Falling back to Torch optimizers.", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return 0
+
+    stub(monkeypatch, run)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.main(["export"]) == 0
+    assert [str(warning.message) for warning in seen] == ["something else"]
 
 
 def test_interrupt(monkeypatch, capsys):

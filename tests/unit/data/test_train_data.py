@@ -188,4 +188,5 @@ def test_two_processes_share_one_index(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0]
     expected = batches_of(dataset_of(data, 16)).micro_batches(1)
     assert [tuple(row) for lines in printed for row in json.loads(lines[0])] == rows(expected)
-    assert all("cannot write the sample index" in lines[1] for lines in printed)
+    assert printed[0][1:] == [line.removeprefix("rank 0 could not build the sample index: UserError: ") for line in printed[1][1:]]
+    assert [len(lines) for lines in printed] == [2, 2] and "cannot write the sample index" in printed[0][1]

@@ -63,6 +63,13 @@ def test_split_depends_on_the_text_alone(source, tmp_path):
     assert set(all_texts(tmp_path / "a")["valid"]) == set(all_texts(tmp_path / "b")["valid"])
 
 
+def test_vocabulary_is_learned_from_the_training_split(source, tmp_path):
+    manifest = run(source, tmp_path / "out")
+    train = all_texts(tmp_path / "out")["train"]
+    assert train_tokenizer(train, tmp_path / "t.model", 350).sha256 == manifest.tokenizer_sha256
+    assert train_tokenizer(make_texts(200), tmp_path / "t.model", 350).sha256 != manifest.tokenizer_sha256
+
+
 def test_same_request_same_bytes(source, tmp_path, monkeypatch):
     run(source, tmp_path / "a")
     monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 7)

@@ -16,7 +16,7 @@ TRICKY = [
 
 def texts(count=300):
     source = random.Random(0)
-    return ["\n".join("  " * source.randrange(4) + " ".join(source.choices(WORDS, k=9)) + "." for _ in range(4)) for _ in range(count)]
+    return ["\n".join("  " * source.randrange(4) + " ".join(source.choices(WORDS, k=9)) + " 1234." for _ in range(4)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def test_vocabulary_and_ids(model):
     assert [tokenizer._processor.unk_id(), tokenizer._processor.bos_id(), tokenizer._processor.pad_id()] == [0, 1, -1]
     assert not {0, 1, 2} & set(tokenizer.encode("</s> <s> <unk>"))
     assert len(tokenizer.encode("the matrix\n")) < 6
-    assert len(tokenizer.encode("12")) == 2
+    assert len(tokenizer.encode("1234")) == 4  # one token per digit
+    assert len(tokenizer.encode(".\n")) == 1  # newlines take part in merges
 
 
 def test_training_is_deterministic_and_depends_on_the_text(model, tmp_path):
