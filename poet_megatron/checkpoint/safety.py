@@ -1,7 +1,7 @@
 """Refuses checkpoint indexes whose pickle names anything but what torch.distributed.checkpoint writes, before torch loads them.
 
-A torch distributed checkpoint keeps its index, `.metadata`, as a pickle that torch loads without restriction. It is read here first, with an
-unpickler that knows no other globals than the data classes of such an index. All other files are read by torch.load(weights_only=True).
+A torch distributed checkpoint keeps its index, `.metadata`, as a pickle that torch loads without restriction. It is read here first, by
+an unpickler that knows no other globals than the data classes of such an index. All other files are read by torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ def check_metadata(path: Path) -> None:
         with path.open("rb") as file:
             _IndexUnpickler(file).load()
     except UserError as error:
-        raise UserError(f"{path} names {error}, which no checkpoint index needs: the file is not to be trusted and was not loaded") from None
+        raise UserError(f"{path} names {error}, which no checkpoint index needs: the file is not trustworthy and was not loaded") from None
     except Exception as error:  # a broken pickle fails in as many ways as there are opcodes
         raise UserError(f"{path} is not a checkpoint index ({type(error).__name__}: {error})") from error

@@ -20,7 +20,7 @@ class PoetConfig:
     variant: str = "bs"
     """bs: block-stochastic, a permutation around a block diagonal (Eq. 5); fs: fully-stochastic, a block on a random index set (Eq. 4)."""
     block_size: float = 256
-    """Block size b of both sides: an integer above 1 is a size, a number in (0, 1] a fraction of the width (fs only), 0 freezes the side."""
+    """Block size b of both sides: an integer above 1 is a size, one in (0, 1] a fraction of the width (fs only), 0 freezes the side."""
     block_size_in: float | None = None
     """Block size of the input side (R); overrides block_size."""
     block_size_out: float | None = None

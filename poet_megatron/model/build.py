@@ -1,4 +1,4 @@
-"""RunConfig -> megatron-core GPTModel with POET (or dense) linear layers. The only module that names GPTModel."""
+"""RunConfig -> megatron-core GPTModel with POET (or dense) linear layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,6 +19,7 @@ from poet_megatron.layers.parallel import Part, PoetQkvLinear, PoetRowParallelLi
 from poet_megatron.layers.parallel import PoetColumnParallelLinear as PoetGateUpLinear
 from poet_megatron.model.attention import SdpaAttention
 from poet_megatron.model.config import ModelConfig
+from poet_megatron.model.llama import LlamaModel
 from poet_megatron.model.naming import MATRIX_IDS
 from poet_megatron.model.norm import RMSNorm
 
@@ -62,7 +62,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
 
 
 def build_model(run: RunConfig, config: TransformerConfig) -> MegatronModule:
-    """Build this rank's GPTModel, uninitialized (see model.init), in the dtype of the run.
+    """Build this rank's LlamaModel, uninitialized (see model.init), in the dtype of the run.
 
     Raises:
         ValueError: shard groups or block sizes that do not fit the layers.
@@ -70,10 +70,11 @@ def build_model(run: RunConfig, config: TransformerConfig) -> MegatronModule:
     count = get_num_layers_to_build(config)
     first = get_transformer_layer_offset(config)
     specs = [_layer_spec(run, first + index) for index in range(count)]
-    model = GPTModel(
+    model = LlamaModel(
         config,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
         vocab_size=run.model.padded_vocab_size,
+        real_vocab_size=run.model.vocab_size,
         max_sequence_length=run.model.seq_length,
         position_embedding_type="rope",
         rotary_base=run.model.rotary_base,

@@ -58,12 +58,15 @@ def block_product(x: Tensor, increments: Sequence[Tensor], runs: Sequence[BlockR
 
 
 def _block_product_cpu(x: Tensor, increments: Sequence[Tensor], runs: Sequence[BlockRun], transpose: bool) -> Tensor:
-    """One product per block into a copy of x: on a CPU the batched product copies its operands, which costs more than the calls."""
-    y = x.clone(memory_format=torch.contiguous_format)
+    """One product per block, written in place: on a CPU the batched product copies its operands, which costs more than the calls."""
+    y = torch.empty(x.shape, dtype=x.dtype)
     for increment, run in zip(increments, runs, strict=True):
-        for index, block in enumerate(increment.mT if transpose else increment):
-            columns = slice(run.offset + index * run.size, run.offset + (index + 1) * run.size)
-            y[:, columns].addmm_(x[:, columns], block)
+        blocks = (increment.mT if transpose else increment).unbind(0)
+        sources, targets = (tensor[:, run.offset : run.stop].split(run.size, dim=1) for tensor in (x, y))
+        for source, target, block in zip(sources, targets, blocks, strict=True):
+            torch.addmm(source, source, block, out=target)
+    stop = runs[-1].stop if runs else 0
+    y[:, stop:] = x[:, stop:]
     return y
 
 

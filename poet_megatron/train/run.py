@@ -144,7 +144,7 @@ def _announce(run: RunConfig, engine: Engine, reporter: Reporter, state: TrainSt
     batch = run.train.global_batch_size * run.model.seq_length
     reporter.note(
         f"{run.method}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {engine.context.world_size} rank(s) on "
-        f"{engine.context.device.type}, {run.train.precision}; {batch:,} tokens per step, {run.train.steps} steps; writing to {directory.path}"
+        f"{engine.context.device.type}, {run.train.precision}; {batch:,} tokens per step, {run.train.steps} steps, in {directory.path}"
     )
     if state.step:
         reporter.note(f"continuing from step {state.step} of {run.train.steps}")

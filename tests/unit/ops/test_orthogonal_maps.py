@@ -160,9 +160,12 @@ def test_increment_form_keeps_relative_precision_of_small_skews(orthogonal_map):
     found = orthogonal_map.increment(q32)
     # E = 2Q + 2Q^2 + ...: the leading term is exact up to one or two roundings of each entry, the others are 1e-4 smaller. 4 eps.
     assert (found - exact).norm() < 4 * torch.finfo(torch.float32).eps * exact.norm()
-    # Going through G in the same precision loses eps / |Q|: this is why G is never formed.
+    # So does the diagonal, E_ii = -|row i of E|^2 / 2 of about 5e-9 (sums of 32 products), which is what keeps the rows of G at norm 1 ...
+    exact_diagonal = exact.diagonal(dim1=1, dim2=2)
+    assert (found.diagonal(dim1=1, dim2=2) - exact_diagonal).norm() < 1e-5 * exact_diagonal.norm()
+    # ... and which a G in the same precision rounds away (eps / 2 = 6e-8): this is why G is never formed.
     through_g = (torch.eye(32) + found) - torch.eye(32)
-    assert (through_g - exact).norm() > 1e-4 * exact.norm()
+    assert (through_g.diagonal(dim1=1, dim2=2) - exact_diagonal).norm() > 0.5 * exact_diagonal.norm()
 
     grad = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(3))
     exact_grad = orthogonal_map.increment_grad(q32.double(), exact, grad.double())
@@ -189,7 +192,7 @@ def test_skew_norm_against_the_singular_values():
         random = a - a.mT
         exact = torch.linalg.svdvals(random.double()).max().item()
         # A random skew has a dense spectral edge: never above (but for fp32 rounding), and a few percent below at most, as documented.
-        assert 0.93 * exact < skew_norm(random).item() < exact * (1 + 1e-5)
+        assert 0.97 * exact < skew_norm(random).item() < exact * (1 + 1e-5)
 
 
 def test_skew_norm_of_zero_and_tiny_blocks():

@@ -75,7 +75,7 @@ def test_a_permutation_permutes_and_orders_the_words(size):
 
 @pytest.mark.parametrize("component", ["seed", "layer", "matrix", "group", "index"])
 def test_permutations_are_uniform_along_every_key_component(component):
-    """All 24 orders of 4 elements over 2,400 consecutive values (240 for `matrix`, which has 8 bits): chi-square with 23 degrees of freedom.
+    """All 24 orders of 4 elements over 2,400 consecutive values (240 for `matrix`, of 8 bits): chi-square with 23 degrees of freedom.
 
     A correct generator exceeds the threshold with probability 1e-6, and the seeds are fixed; an order that is 1.5 times as likely as the
     others adds 0.5^2 x 100 = 25 per cell (an argsort of 2-bit words, say, puts a statistic above 1,000).
@@ -91,7 +91,7 @@ def test_permutations_are_uniform_along_every_key_component(component):
 
 
 def test_every_feature_is_equally_likely_to_lead():
-    """Which of 32 features opens a permutation, over 3,200 merges: what the blocks of a fully-stochastic layer rest on (threshold as above)."""
+    """Which of 32 features opens a permutation, over 3,200 merges: what fully-stochastic blocks rest on (threshold as above)."""
     first = [StreamKey(0, PERMUTATION, 1, 4, index=index).permutation(32)[0] for index in range(3200)]
     statistic = ((np.bincount(first, minlength=32) - 100) ** 2 / 100).sum()
     assert statistic < stats.chi2.isf(1e-6, 31)

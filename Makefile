@@ -1,0 +1,58 @@
+# Everything a newcomer needs; `make help` lists it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/demo
+DATA ?= runs/demo-data
+THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(THREADS)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv and install the pinned CPU set
+
+$(INSTALLED): pyproject.toml setup.py constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## text to tokenizer to a trained, evaluated and exported Llama, in minutes on two cores
+	@echo "== 1/4 data: the text that Python ships"
+	@$(BIN)/poet-megatron prepare --output $(DATA) --vocab-size 4096
+	@echo "== 2/4 pretraining (about two minutes on two cores)"
+	@$(BIN)/poet-megatron pretrain --config configs/demo.yaml --data.path $(DATA) --train.run_dir $(RUN)
+	@echo "== 3/4 evaluation"
+	@$(BIN)/poet-megatron evaluate --run $(RUN)
+	@echo "== 4/4 export"
+	@$(BIN)/poet-megatron export --run $(RUN)
+	@echo
+	@echo "data        $(DATA)"
+	@echo "metrics     $(RUN)/metrics.jsonl   (curves: $(BIN)/tensorboard --logdir $(RUN)/tensorboard)"
+	@echo "checkpoints $(RUN)/checkpoints"
+	@echo "model       $(RUN)/export          (a Hugging Face Llama)"
+
+test: $(INSTALLED)  ## run the tests (unmarked ones)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)  ## run the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## time POET layers against dense ones (minutes; leave the machine alone)
+	$(BIN)/python -m benchmarks.layer --output benchmarks/results/layer.json
+
+clean:  ## delete the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,121 @@
+"""Exported models are the trained models, and both perplexities are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.indexed import read_indexed
+from poet_megatron.errors import UserError
+from poet_megatron.train.evaluate_run import evaluate_run
+from poet_megatron.train.export_run import export_run
+from poet_megatron.train.restore import open_run
+from poet_megatron.train.run import pretrain
+
+VARIANTS = {
+    "bs": {},
+    "fs": {"poet.variant": "fs", "poet.block_size": "0.5", "poet.compute": "weight"},
+    "adamw": {"method": "adamw"},
+    "bf16": {"train.precision": "bf16"},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def finished(request, tiny_data, tmp_path_factory):
+    """A run stopped between two merges, so that skews are not zero."""
+    from conftest import TINY
+
+    from poet_megatron.config.load import load_config
+
+    run_dir = tmp_path_factory.mktemp(request.param) / "run"
+    settings = {**TINY, "data.path": str(tiny_data), "train.run_dir": str(run_dir), "train.steps": "15", **VARIANTS[request.param]}
+    pretrain(load_config(None, [f"--{key}={value}" for key, value in settings.items()]))
+    return request.param, run_dir
+
+
+def test_exported_logits_equal_ours(finished):
+    """fp32 logits through transformers' LlamaForCausalLM to 1e-4 absolute; a bf16 run is compared at the rounding of its activations."""
+    variant, run_dir = finished
+    folder = export_run(run_dir, None, None, "fp32")
+    assert folder == run_dir / "export"
+    tokens = torch.randint(4, 320, (3, 32), generator=torch.Generator().manual_seed(0))
+    with open_run(run_dir, None) as (engine, _), torch.no_grad():
+        positions = torch.arange(32).expand(3, -1)
+        ours = engine.model(tokens, positions, None)[..., : engine.run.model.vocab_size]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert ours.shape == theirs.shape == (3, 32, 320)
+    assert (ours.float() - theirs).abs().max() < (0.15 if variant == "bf16" else 1e-4)
+
+
+def test_exported_model_generates(finished):
+    _, run_dir = finished
+    folder = export_run(run_dir, run_dir / "other", None, "bf16")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("The model", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert output.shape[1] > inputs["input_ids"].shape[1]
+    assert tokenizer.decode(output[0], skip_special_tokens=True).startswith("The model")
+
+
+def test_perplexities_against_transformers(finished, tiny_data):
+    """Both protocols recomputed from the exported model, document by document."""
+    variant, run_dir = finished
+    if variant == "bf16":
+        pytest.skip("the exported fp32 model computes in another precision")
+    result = evaluate_run(run_dir, None, None, 0)
+    model = AutoModelForCausalLM.from_pretrained(export_run(run_dir, None, None, "fp32"), dtype=torch.float32)
+    data = read_indexed(tiny_data / "valid")
+    assert result["tokens"] == len(data.tokens)
+    assert result["loss"] == pytest.approx(_packed_loss(model, torch.tensor(data.tokens.astype("int64"))), abs=1e-3)
+    means = [_document_losses(model, data, first) for first in range(0, len(data), 2)]
+    biased = sum(loss for loss, _ in means) / (len(means) + 1)
+    assert result["ppl_reference_protocol"] == pytest.approx(math.exp(biased), rel=2e-3)
+    assert result["tokens_reference_protocol"] == sum(count for _, count in means)
+
+
+def _packed_loss(model, tokens: torch.Tensor) -> float:
+    """Every token once, windows of 32, the first token after the last (an eos)."""
+    inputs, total = torch.cat([tokens[-1:], tokens[:-1]]), 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens), 32):
+            logits = model(inputs[None, start : start + 32]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, tokens[start : start + 32], reduction="sum").item()
+    return total / len(tokens)
+
+
+def _document_losses(model, data, first: int) -> tuple[float, int]:
+    """Mean loss of a batch of two documents, each cut to 32 tokens (its eos kept), and its tokens."""
+    total, count = 0.0, 0
+    for index in range(first, min(first + 2, len(data))):
+        document = torch.tensor(data.document(index).astype("int64"))
+        document = document if len(document) <= 32 else torch.cat([document[:31], document[-1:]])
+        with torch.no_grad():
+            logits = model(document[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum").item()
+        count += len(document) - 1
+    return total / count, count
+
+
+def test_evaluation_before_and_after_are_in_the_metrics(finished):
+    _, run_dir = finished
+    entries = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    ppl = {entry["step"]: entry["eval/ppl"] for entry in entries if "eval/ppl" in entry}
+    assert set(ppl) == {0, 15}
+    assert ppl[15] < 0.5 * ppl[0]
+
+
+def test_clear_errors(tmp_path, finished):
+    _, run_dir = finished
+    with pytest.raises(UserError, match="does not exist"):
+        export_run(tmp_path / "nothing", None, None, "fp32")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        evaluate_run(tmp_path, None, None, 0)
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 .* it has \[15\]"):
+        export_run(run_dir, None, 7, "fp32")
+    with pytest.raises(UserError, match="fp8"):
+        export_run(run_dir, None, None, "fp8")
