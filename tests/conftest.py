@@ -48,8 +48,8 @@ def one_thread():
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 documents of made-up sentences with a little grammar to learn."""
     words = random.Random(0)
-    nouns = "model weight matrix tensor gradient layer token corpus signal spectrum block index".split()
-    verbs = "rotates freezes learns merges scales permutes trains".split()
+    nouns = ["model", "weight", "matrix", "tensor", "gradient", "layer", "token", "corpus", "signal", "spectrum", "block", "index"]
+    verbs = ["rotates", "freezes", "learns", "merges", "scales", "permutes", "trains"]
     lines = []
     for number in range(400):
         sentences = [f"The {words.choice(nouns)} {words.choice(verbs)} the {words.choice(nouns)}." for _ in range(words.randint(3, 12))]

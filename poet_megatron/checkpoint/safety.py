@@ -10,16 +10,18 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
 from poet_megatron.errors import UserError
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
     f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
     f"{_CHECKPOINT}.metadata": {
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -28,7 +30,7 @@ _ALLOWED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    f"{_CHECKPOINT}.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
 
@@ -50,8 +52,11 @@ def check_metadata(path: Path) -> None:
     """
     try:
         with path.open("rb") as file:
-            _IndexUnpickler(file).load()
+            index = _IndexUnpickler(file).load()
     except UserError as error:
         raise UserError(f"{path} names {error}, which no checkpoint index needs: the file is not trustworthy and was not loaded") from None
     except Exception as error:  # a broken pickle fails in as many ways as there are opcodes
         raise UserError(f"{path} is not a checkpoint index ({type(error).__name__}: {error})") from error
+    entries = index.state_dict_metadata.values() if isinstance(index, Metadata) else [index]
+    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+        raise UserError(f"{path} lists something else than tensors: torch would unpickle it without restriction, so it was not loaded")

@@ -32,7 +32,7 @@ class PoetConfig:
     neumann_tail: str = "paper"
     """Coefficient of the last power Q^(k+1): paper = 1 (Eq. 6), doubled = 2, so that every coefficient is 2."""
     compute: str = "auto"
-    """input: rotate activations; weight: form the effective weight (fs only); auto: whichever needs fewer flops."""
+    """input: rotate activations; weight: form the effective weight once per step; auto: whichever needs fewer flops."""
     merge_interval: int = 400
     """T_m: optimizer steps between merge-then-reinitialize; 0 never merges."""
     merge_polish: str = "off"
@@ -63,10 +63,6 @@ class PoetConfig:
             at_least(f"poet.{name}", getattr(self, name), 0)
         if not 0 < self.merge_clip_scale <= 1:
             raise ValueError(f"poet.merge_clip_scale is {self.merge_clip_scale}; it must lie in (0, 1]")
-        if self.compute == "weight" and self.variant == "bs":
-            raise ValueError(
-                "poet.compute is 'weight' with poet.variant 'bs'; block-stochastic layers never win by it: use 'input' or 'auto'"
-            )
 
     def _check_block(self, name: str, value: float | None) -> None:
         if value is None or value == 0:

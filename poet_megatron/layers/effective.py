@@ -1,4 +1,4 @@
-"""Weight-centric computation: form R W0 P once per step, then run a plain linear layer (pays off for large fully-stochastic blocks)."""
+"""Weight-centric computation: form R W0 P once per step, then run a plain linear layer (pays off for blocks large beside the layer)."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class EffectiveWeight:
         dtype = grad_weight.dtype
         grad = matrix.stored(grad_weight)
         weight = matrix.weight.to(dtype)
-        rotated = merge_output(weight, [e.to(dtype) for e in factors.increments_out.exact], runs_out)
         grad_in = grad_out = None
         if runs_in:
+            rotated = merge_output(weight, [e.to(dtype) for e in factors.increments_out.exact], runs_out)
             grad_in = matrix.rotation_in.skew_grad(factors.increments_in, block_product_grad(grad, rotated, runs_in))
         if runs_out:
             grad_rotated = block_product(grad, [e.to(dtype) for e in factors.increments_in.exact], runs_in) if runs_in else grad

@@ -93,7 +93,7 @@ class RotatedMatrix(nn.Module):
         self.rotation_in = Rotation(side_in, orthogonal_map, keys[0], shards.first_group_in)
         self.rotation_out = Rotation(side_out, orthogonal_map, keys[1], shards.first_group_out)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False)
-        self.compute = choose_compute(config.compute, config.variant, tokens_per_step, side_in, side_out)
+        self.compute = choose_compute(config.compute, tokens_per_step, side_in, side_out)
         self.effective: EffectiveWeight | None = None
         if self.compute == "weight":
             self.effective = EffectiveWeight(self)

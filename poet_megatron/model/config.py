@@ -25,8 +25,8 @@ class ModelConfig:
     """Key/value heads; None means one per query head."""
     seq_length: int = 256
     """Tokens per training sequence."""
-    vocab_size: int = 32100
-    """Tokens of the tokenizer; must equal the vocabulary of the prepared data (T5's tokenizer has 32,100)."""
+    vocab_size: int = 32000
+    """Tokens of the tokenizer; must equal the vocabulary of the prepared data (T5's has 32,000)."""
     vocab_divisible_by: int = 128
     """The embedding is padded to a multiple of this; the padding is stripped on export."""
     norm_epsilon: float = 1e-6

@@ -81,7 +81,7 @@ def _memory(run: RunConfig, model: nn.Module, trainable: int) -> dict[str, int]:
     width = 2 if bf16 else 4
     matrices = [module for module in model.modules() if isinstance(module, RotatedMatrix)]
     frozen = sum(matrix.weight.numel() for matrix in matrices)
-    masters = frozen if bf16 and run.poet.master_weights and run.poet.merge_interval else 0
+    masters = frozen if bf16 and run.poet.master_weights else 0
     increments = sum(side.sum_squares for m in matrices for side in (m.rotation_in.layout, m.rotation_out.layout))
     effective = sum(m.weight.numel() for m in matrices if m.compute == "weight")
     factors = increments * (FP32_BYTES + (width if bf16 else 0) + FP32_BYTES) + effective * (width + FP32_BYTES)

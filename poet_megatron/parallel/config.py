@@ -26,8 +26,6 @@ class ParallelConfig:
         for name in ("tensor_parallel", "pipeline_parallel"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
             if getattr(self, name) > 1:
-                raise ValueError(
-                    f"parallel.{name} is {getattr(self, name)}; this version shards over data-parallel ranks only: set it to 1"
-                )
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; this version is data-parallel only: set it to 1")
         if self.sequence_parallel:
             raise ValueError("parallel.sequence_parallel needs tensor parallelism, which this version does not have: set it to false")

@@ -43,7 +43,7 @@ class Loop:
         """Train from `state` to the last step.
 
         Returns:
-            The number of the signal that stopped the run, or 0. Whatever ended it, the state reached is saved.
+            The number of the signal that stopped the run, or 0. In both cases the state reached is saved; an exception saves nothing.
         """
         run, engine = self.engine.run, self.engine
         last = min(run.train.steps, run.train.stop_at_step or run.train.steps)
@@ -52,7 +52,7 @@ class Loop:
             self._evaluate(state)
         while state.step < last:
             clip = clip_threshold(state.step + 1, state.last_merge, run.optim.clip_grad, run.poet)
-            result = train_step(engine, self.data.micro_batches(state.step), clip)
+            result = train_step(engine, self.data.micro_batches(), clip)
             self.data.advance()
             state.step += 1
             state.tokens += result.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 from collections.abc import Callable
@@ -39,6 +40,7 @@ FIXED_SECTIONS = (
     "train.seed",
     "train.precision",
     "poet.master_weights",
+    "train.global_batch_size",
 )
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def pretrain(run: RunConfig) -> int:
     """
     if not run.train.run_dir:
         raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
+    run = _with_absolute_paths(run)
     prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     with parallel_context(run.parallel, run.train.seed) as context:
         directory = RunDirectory(run.train.run_dir)
@@ -60,6 +63,12 @@ def pretrain(run: RunConfig) -> int:
         finally:
             if context.is_main:
                 directory.release()
+
+
+def _with_absolute_paths(run: RunConfig) -> RunConfig:
+    """Paths as they are on this machine whatever folder a later evaluation or export is started in."""
+    data = {name: str(Path(value).resolve()) for name in ("path", "cache") if (value := getattr(run.data, name))}
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
 
 
 def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData) -> int:

@@ -74,7 +74,7 @@ def check_architecture(model, size, ffn_column):
     hidden, heads, layers, *ffn = TABLE_7[size]
     assert (model.hidden_size, model.num_attention_heads, model.num_layers) == (hidden, heads, layers)
     assert model.ffn_hidden_size == ffn[ffn_column]
-    assert (model.seq_length, model.vocab_size, model.query_groups) == (256, 32100, heads)
+    assert (model.seq_length, model.vocab_size, model.query_groups) == (256, 32000, heads)
 
 
 def check_shared(config):

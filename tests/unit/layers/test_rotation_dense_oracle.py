@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poet_megatron.layers.config import PoetConfig
-from poet_megatron.layers.effective import EffectiveWeight
 from poet_megatron.layers.factor_cache import cached_factors, factor_caches
 from poet_megatron.layers.linear import PoetLinear
 from poet_megatron.layers.matrix import MatrixId, RotatedMatrix, ShardSpec
@@ -67,12 +66,9 @@ def build(case, orthogonal_map="cayley-neumann", terms=4, compute="input", merge
         block_size_out=case.block_out,
         orthogonal_map=orthogonal_map,
         neumann_terms=terms,
-        compute="auto" if compute == "weight" and case.variant == "bs" else compute,
+        compute=compute,
     )
     matrix = RotatedMatrix(case.width_in, case.width_out, config, IDENTITY, case.shards).double()
-    if compute == "weight" and case.variant == "bs":  # the settings refuse it because it is slow, but it must be right
-        matrix.effective = EffectiveWeight(matrix)
-        matrix.factor_cache = matrix.effective.factor_cache
     matrix.set_merge_index(merge_index)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(case.width_out, case.width_in, generator=generator, dtype=torch.float64)

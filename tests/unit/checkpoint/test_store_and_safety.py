@@ -1,0 +1,92 @@
+"""Checkpoint directories, and the refusal of untrusted indexes, without any training."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from poet_megatron.checkpoint.safety import check_metadata
+from poet_megatron.checkpoint.store import MANIFEST, CheckpointStore
+from poet_megatron.errors import UserError
+
+
+def write(store: CheckpointStore, step: int, content: bytes = b"weights") -> Path:
+    staging = store.begin(step)
+    (staging / "tensors").mkdir()
+    (staging / "tensors" / "part-0").write_bytes(content)
+    return store.commit(step)
+
+
+def test_nothing_appears_under_the_final_name_before_commit(tmp_path):
+    store = CheckpointStore(tmp_path)
+    (store.begin(5) / "part").write_bytes(b"half")
+    assert store.steps() == []
+    assert store.newest_intact() is None
+    store.commit(5)
+    assert store.steps() == [5]
+
+
+def test_keep_last(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (10, 20, 30):
+        write(store, step)
+    assert store.steps() == [20, 30]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
+def test_damage_is_found_and_passed_over(tmp_path, damage, caplog):
+    store = CheckpointStore(tmp_path)
+    write(store, 10)
+    victim = write(store, 20) / "tensors" / "part-0"
+    if damage == "truncate":
+        victim.write_bytes(b"weight")
+    elif damage == "flip":
+        victim.write_bytes(b"weighty"[:7])
+    elif damage == "delete":
+        victim.unlink()
+    else:
+        (store.path(20) / MANIFEST).write_text("{")
+    assert store.damage(20) is not None
+    assert store.damage(10) is None
+    assert store.newest_intact() == 10
+    assert "step-00000020 is damaged" in caplog.text
+
+
+def test_begin_clears_what_an_interrupted_save_left(tmp_path):
+    store = CheckpointStore(tmp_path)
+    (store.begin(7) / "part").write_bytes(b"half")
+    assert list(store.begin(9).iterdir()) == []
+    assert not store.staging(7).exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_an_index_that_would_run_code_is_refused_without_running_it(tmp_path):
+    target = tmp_path / "created-by-the-pickle"
+    index = tmp_path / ".metadata"
+    index.write_bytes(pickle.dumps({"state_dict_metadata": Evil(target)}))
+    with pytest.raises(UserError, match=r"names posix\.mkdir"):
+        check_metadata(index)
+    assert not target.exists()
+    pickle.loads(index.read_bytes())  # the same bytes do run it, so the test can fail
+    assert target.exists()
+
+
+def test_a_real_index_passes_and_a_broken_one_is_named(tmp_path):
+    torch.distributed.checkpoint.save({"weight": torch.ones(3, dtype=torch.bfloat16)}, checkpoint_id=tmp_path / "real", no_dist=True)
+    check_metadata(tmp_path / "real" / ".metadata")
+    assert isinstance(pickle.loads((tmp_path / "real" / ".metadata").read_bytes()), Metadata)
+    (tmp_path / "broken").write_bytes(b"\x80\x04garbage")
+    with pytest.raises(UserError, match="not a checkpoint index"):
+        check_metadata(tmp_path / "broken")
