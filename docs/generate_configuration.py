@@ -44,8 +44,8 @@ Scalars follow YAML 1.2: `1e-3` is a number, `1_000` an integer, `off` is text, 
 An unknown key, a wrong type or an impossible value is an error that names the key, the value, where it was set and, for an unknown key,
 the nearest valid one. A file with a newer `version` than this release knows is refused.
 
-Paths (`data.path`, `train.run_dir`, `data.cache`) are relative to the folder that a command is started in. `evaluate` and `export` read
-`data.path` from the checkpoint's settings, so start them in the same folder as the training, or use absolute paths.
+Paths (`data.path`, `train.run_dir`, `data.cache`) are relative to the folder that a command is started in. A checkpoint holds `data.path`
+as an absolute path, so `evaluate` and `export` may be started anywhere.
 
 The settings of a component are a dataclass in `config.py` of its package (`poet_megatron/train/config.py`, ...); the texts below are the
 string literals under its fields, as in `poet-megatron pretrain --help`.
