@@ -24,17 +24,16 @@ class Floor:
     with_cayley: float
 
     @classmethod
-    def of(cls, variant: str, tokens: int, side_in: SideLayout, side_out: SideLayout, neumann_terms: int) -> Floor:
+    def of(cls, tokens: int, side_in: SideLayout, side_out: SideLayout, neumann_terms: int) -> Floor:
         """Floor of a layer with the given sides.
 
         Args:
-            variant: "bs" or "fs".
             tokens: per optimizer step.
             side_in: input side.
             side_out: output side.
             neumann_terms: k of the map.
         """
-        compute = choose_compute("auto", variant, tokens, side_in, side_out)
+        compute = choose_compute("auto", tokens, side_in, side_out)
         flops = (input_centric_flops if compute == "input" else weight_centric_flops)(tokens, side_in, side_out)
         cubes = _sum_cubes(side_in) + _sum_cubes(side_out)
         dense = 6 * tokens * side_in.width * side_out.width

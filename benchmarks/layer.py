@@ -65,7 +65,7 @@ class Case:
         """Flop floor of one step on `tokens` tokens; raises ValueError where a block is larger than the layer."""
         config = self.config
         sides = [SideLayout.build(width, 1, self.block_size, config.variant) for width in (in_features, out_features)]
-        return Floor.of(config.variant, tokens, sides[0], sides[1], config.neumann_terms)
+        return Floor.of(tokens, sides[0], sides[1], config.neumann_terms)
 
 
 DENSE = Case("dense", 0)

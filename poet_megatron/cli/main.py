@@ -19,6 +19,13 @@ from collections.abc import Sequence
 from poet_megatron import __version__
 from poet_megatron.errors import UserError
 
+QUIETED = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor",
+)
 COMMANDS = {
     "prepare": "tokenize and pack text into the .bin/.idx files that training reads",
     "pretrain": "train a model from a recipe (start here: poet-megatron pretrain --help)",
@@ -48,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != TRACEBACK_OPTION]
     try:
         with warnings.catch_warnings():  # of megatron-core, about its optional parts and its own defaults
-            warnings.filterwarnings(
-                "ignore", message="Transformer Engine and Apex are not installed|Apex is not installed|full scope is deprecated"
-            )
+            for message in QUIETED:
+                warnings.filterwarnings("ignore", message=message)
             return _dispatch(words)
     except SystemExit as finished:  # argparse: --help, --version and usage errors
         return finished.code if isinstance(finished.code, int) else EXIT_OK if finished.code is None else EXIT_USER_ERROR

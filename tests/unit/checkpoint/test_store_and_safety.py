@@ -83,6 +83,13 @@ def test_an_index_that_would_run_code_is_refused_without_running_it(tmp_path):
     assert target.exists()
 
 
+def test_an_index_that_declares_pickled_bytes_is_refused(tmp_path):
+    """torch unpickles byte entries without restriction, so only tensors may be listed."""
+    torch.distributed.checkpoint.save({"weight": torch.ones(3), "bytes": "text"}, checkpoint_id=tmp_path / "mixed", no_dist=True)
+    with pytest.raises(UserError, match="BytesStorageMetadata"):
+        check_metadata(tmp_path / "mixed" / ".metadata")
+
+
 def test_a_real_index_passes_and_a_broken_one_is_named(tmp_path):
     torch.distributed.checkpoint.save({"weight": torch.ones(3, dtype=torch.bfloat16)}, checkpoint_id=tmp_path / "real", no_dist=True)
     check_metadata(tmp_path / "real" / ".metadata")
