@@ -39,11 +39,11 @@ def test_floor_is_that_of_the_design(width_out, block, expected):
 
 
 def test_floor_counts_ragged_blocks():
-    sides = [SideLayout.build(width, 1, 16, "bs") for width in (40, 24)]
+    sides = [SideLayout.build(width, 1, 16, "bs") for width in (200, 120)]
     floor = Floor.of(100, sides[0], sides[1], neumann_terms=4)
-    squares, cubes = 3 * 16**2 + 2 * 8**2, 3 * 16**3 + 2 * 8**3
-    assert floor.products == pytest.approx(2 / 3 + squares / (40 * 24))
-    assert floor.with_cayley - floor.products == pytest.approx(12 * 2 * cubes / (6 * 100 * 40 * 24))
+    squares, cubes = 19 * 16**2 + 2 * 8**2, 19 * 16**3 + 2 * 8**3
+    assert floor.products == pytest.approx(2 / 3 + squares / (200 * 120))
+    assert floor.with_cayley - floor.products == pytest.approx(12 * 2 * cubes / (6 * 100 * 200 * 120))
 
 
 def test_floor_of_the_chosen_computation():
