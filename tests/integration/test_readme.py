@@ -26,7 +26,8 @@ def test_readme_commands_run(tmp_path):
 
 
 def test_first_two_commands_are_demo_and_test():
-    commands = re.findall(r"^(make \w+)", "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)), re.MULTILINE)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = re.findall(r"^(make \w+)", "\n".join(blocks), re.MULTILINE)
     assert commands[:2] == ["make demo", "make test"]
 
 
