@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, command_line
 
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 256
@@ -32,7 +32,7 @@ PAPER_LRS = {"poet_bs64": 4e-3, "poet_bs128": 2e-3, "poet_fs2": 1e-3}
 FACTORS = (0.5, 1.0, 2.0)
 MAPS = ("cayley", "cayley-neumann")
 CLIP_WARMUP = 1  # steps after a merge with lower clipping: the paper's 10 of 400, at our merge interval
-USER_ERROR = 2  # exit status of a run stopped by a NaN or infinite loss
+NOT_FINITE = 3  # exit status of a run stopped by a NaN or infinite loss
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def run_case(case: Case, data: Path, work: Path, steps: int) -> dict[str, object
     command += ["--monitor.log_interval=10", *case.settings()]
     run_dir.mkdir(parents=True, exist_ok=True)
     done = run_dir / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if done.exists() and (result := json.loads(done.read_text()))["command"] == " ".join(command[1:]):
+        return result
     started = time.monotonic()
     with (run_dir / "console.log").open("a") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     result = {**asdict(case), "name": case.name, "command": " ".join(command[1:]), "exit_status": status, **_outcome(run_dir, steps)}
     result["minutes"] = round((time.monotonic() - started) / 60, 2)
-    if status in (0, USER_ERROR):  # complete, or diverged: both are results
+    if status in (0, NOT_FINITE):  # complete, or diverged: both are results
         done.write_text(json.dumps(result))
     return result
 
@@ -163,7 +163,7 @@ def main() -> int:
     data, tokens = prepare(args.c4, args.work)
     steps = min(tokens - 1, TOKENS) // (BATCH * SEQ_LENGTH)
     facts: dict[str, object] = {
-        "command": f"python -m benchmarks.c4_study --workers {args.workers}",
+        "command": command_line("benchmarks.c4_study"),
         "training tokens": tokens,
         "steps": steps,
     }

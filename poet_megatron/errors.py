@@ -5,3 +5,5 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake in settings, files or environment; the message names the value, the bound and the fix."""
+
+    exit_status = 2

@@ -30,6 +30,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() != ("cuda" in state):
+        return  # written on another kind of device: its generators have no counterpart here
     get_cuda_rng_tracker().set_states(state["megatron"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -57,9 +57,14 @@ class CheckpointStore:
             shutil.rmtree(final)
         staging.rename(final)
         _fsync(self.root)
-        for old in self.steps()[: -self.keep_last]:
+        for old in self._superseded(step):
             shutil.rmtree(self.path(old))
         return final
+
+    def _superseded(self, step: int) -> list[int]:
+        """Checkpoints to delete once that of `step` is there: all but the last k, and later ones that the run fell back from."""
+        steps = self.steps()
+        return [s for s in steps if s > step] + [s for s in steps if s <= step][: -self.keep_last]
 
     def newest_intact(self) -> int | None:
         """Step of the newest checkpoint whose files match their checksums, or None; damaged newer ones are named in a warning."""

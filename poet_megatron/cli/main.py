@@ -49,7 +49,7 @@ a first run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit status: 0, 2 for a mistake of the user, or what the subcommand returns."""
+    """Run one subcommand; returns 0, 2 for a mistake of the user, 3 for a loss that is not finite, 75 for a stop that was saved."""
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = TRACEBACK_OPTION in words or os.environ.get("POET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != TRACEBACK_OPTION]
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
         _report(error, show_traceback)
-        return EXIT_USER_ERROR
+        return error.exit_status if isinstance(error, UserError) else EXIT_USER_ERROR
 
 
 def _dispatch(words: list[str]) -> int:

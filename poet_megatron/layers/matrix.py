@@ -6,7 +6,7 @@ cost nothing in the GEMM. Checkpoints and exports see feature order only ("canon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,9 +143,7 @@ class RotatedMatrix(nn.Module):
             self.merge_index = merge_index
             return
         canonical = self.canonical(self.weight) if self.master is None else self.master
-        self.merge_index = merge_index
-        self.rotation_in.draw(merge_index)
-        self.rotation_out.draw(merge_index)
+        self._draw(merge_index)
         self.load_canonical(canonical)
 
     @torch.no_grad()
@@ -168,16 +166,36 @@ class RotatedMatrix(nn.Module):
         The arithmetic is fp32; without a master the result is rounded to the dtype of the weight.
         """
         weight = self.merged(exact)
-        self.merge_index += 1
         for rotation in (self.rotation_in, self.rotation_out):
             if rotation.skew is not None:
                 rotation.skew.zero_()
-            rotation.draw(self.merge_index)
+        self._draw(self.merge_index + 1)
         self.load_canonical(weight)
 
+    def get_extra_state(self) -> dict[str, int]:
+        """The merge index, which says what permutations the skews of a state_dict belong to."""
+        return {"merge_index": self.merge_index}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Nothing left to do: `_store_state` has drawn the permutations before the tensors were loaded."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotatedMatrix:
+        module = super()._apply(fn, recurse)
+        if self.master is not None:  # follows the weight to its device, but stays fp32
+            self.master = self.master.to(self.weight.device)
+        return module
+
+    def _draw(self, merge_index: int) -> None:
+        self.merge_index = merge_index
+        self.rotation_in.draw(merge_index)
+        self.rotation_out.draw(merge_index)
+
     def _store_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if (extra := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self._draw(extra["merge_index"])
         if (weight := state_dict.get(f"{prefix}weight")) is None:
             return
+        weight = weight.to(self.weight.device)
         if self.master is not None:
             self.master.copy_(weight)
         state_dict[f"{prefix}weight"] = self.stored(weight)
@@ -198,5 +216,5 @@ def _order(rotation: Rotation, inverse: bool = False) -> Tensor | None:
 
 
 def _merge_factor(rotation: Rotation, dtype: torch.dtype, exact: bool) -> tuple[list[Tensor], tuple[BlockRun, ...]]:
-    orthogonal_map = EXACT if exact else rotation.map
+    orthogonal_map = EXACT if exact and rotation.map.kind == "cayley-neumann" else rotation.map  # the other maps are exact
     return [orthogonal_map.increment(q) for q in rotation.skew_blocks(dtype)], rotation.layout.runs

@@ -15,6 +15,8 @@ from poet_megatron.ops.block_product import BlockRun
 from poet_megatron.ops.philox import StreamKey
 from poet_megatron.ops.skew import packed_length
 
+FRACTION_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996
+
 
 @dataclass(frozen=True)
 class SideLayout:
@@ -50,10 +52,12 @@ class SideLayout:
         if width % groups:
             raise ValueError(f"shard_groups is {groups}, which does not divide a width of {width}")
         group_width = width // groups
-        size = math.floor(block * group_width) if 0 < block <= 1 else int(block)
+        size = math.floor(block * group_width + FRACTION_SLACK) if 0 < block <= 1 else int(block)
         if size > group_width and (variant == "fs" or groups == 1):
             raise ValueError(f"block size {size} is larger than the width {group_width} of a shard group: choose at most {group_width}")
         size = min(size, group_width)
+        if block and size < 2:
+            raise ValueError(f"block size {block} is {size} of {group_width} features; a block has at least 2 (0 freezes the side)")
         if size < 2:
             return cls(group_width, groups, 0, 0, 0)
         if variant == "fs":

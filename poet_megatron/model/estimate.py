@@ -62,8 +62,10 @@ def estimate(run: RunConfig) -> Estimate:
 
     The activation estimate takes every tensor that the layers save for backward, for one micro-batch, without recomputation.
     """
-    with parallel_context(run.parallel, run.train.seed), torch.device("meta"):
-        model = build_model(run, transformer_config(run))
+    config = transformer_config(run)
+    config.use_cpu_initialization = True  # an explicit CUDA device would win over the meta device
+    with parallel_context(run.parallel, run.train.seed, on_cpu=True), torch.device("meta"):
+        model = build_model(run, config)
     parameters = dict(model.named_parameters())
     trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     skews = sum(p.numel() for name, p in parameters.items() if name.endswith(".skew"))

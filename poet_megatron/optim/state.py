@@ -25,50 +25,52 @@ class AdamState:
         param: the parameter the optimizer updates: an fp32 master, or the model parameter itself.
         slots: the optimizer's state of it; moments have its shape.
         group: its parameter group.
+        step_in_group: whether the engine keeps the step in the group (Apex, TransformerEngine) and not per parameter (torch).
     """
 
     param: Tensor
     slots: dict[str, Any]
     group: dict[str, Any]
+    step_in_group: bool = False
 
     @property
     def step(self) -> int:
         """Adam steps taken."""
-        return int(self.slots.get("step", self.group.get("step", 0)))
+        return int((self.group if self.step_in_group else self.slots).get("step", 0))
 
     def set_step(self, step: int) -> None:
         """Set the Adam step, in whichever place this engine keeps it."""
-        current = self.slots.get("step")
+        holder = self.group if self.step_in_group else self.slots
+        current = holder.get("step")
         if isinstance(current, Tensor):
             current.fill_(step)
-        elif "step" in self.group:
-            self.group["step"] = step
         else:
-            self.slots["step"] = torch.tensor(float(step))
+            holder["step"] = step if self.step_in_group else torch.tensor(float(step))
 
     def materialize(self) -> None:
         """Create zero moments where the optimizer has not stepped yet."""
         for moment in MOMENTS:
             if moment not in self.slots:
                 self.slots[moment] = torch.zeros_like(self.param)
-        if "step" not in self.slots and "step" not in self.group:
-            self.slots["step"] = torch.tensor(0.0)
+        if "step" not in (self.group if self.step_in_group else self.slots):
+            self.set_step(0)
 
     def reset_moments(self) -> None:
         """Zero both moments and the step: the next update is a first update."""
         for moment in MOMENTS:
             if moment in self.slots:
                 self.slots[moment].zero_()
-        if self.slots or "step" in self.group:
+        if self.slots:
             self.set_step(0)
 
 
 def adam_states(optimizer: MegatronOptimizer) -> Iterator[AdamState]:
     """The state of every parameter the optimizer updates on this rank."""
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        step_in_group = not isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW)
         for group in inner.param_groups:
             for param in group["params"]:
-                yield AdamState(param, inner.optimizer.state[param], group)
+                yield AdamState(param, inner.optimizer.state[param], group, step_in_group)
 
 
 def state_of(optimizer: MegatronOptimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, AdamState]:

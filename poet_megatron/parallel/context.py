@@ -42,7 +42,7 @@ class ParallelContext:
 
 
 @contextmanager
-def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelContext]:
+def parallel_context(config: ParallelConfig, seed: int, on_cpu: bool = False) -> Iterator[ParallelContext]:
     """Set up every process group of a run, and tear it down.
 
     Under torchrun the environment gives rank and world size; otherwise the run is a single process.
@@ -50,6 +50,7 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
     Args:
         config: parallel layout.
         seed: seeds torch and Megatron's RNG tracker.
+        on_cpu: stay on the CPU where there is a GPU (to count, not to train).
 
     Raises:
         UserError: the world size is not a multiple of tensor x pipeline parallel sizes.
@@ -60,7 +61,7 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
         raise UserError(
             f"{world_size} processes cannot be split into groups of tensor x pipeline parallel = {model_size}: launch a multiple of it"
         )
-    device = _device()
+    device = torch.device("cpu") if on_cpu else _device()
     _init_distributed(device, timedelta(minutes=config.timeout_minutes))
     try:
         with cuda_names_on_cpu():

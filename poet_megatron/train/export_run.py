@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from data_prep.manifest import TOKENIZER_NAME
 from poet_megatron.checkpoint.hf_export import export_hf
-from poet_megatron.data.prepared import PreparedData
 from poet_megatron.errors import UserError
 from poet_megatron.model.canonical import canonical_slots
 from poet_megatron.monitor.run_dir import RunDirectory
@@ -32,6 +32,5 @@ def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> 
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     with open_run(run, step) as (engine, _):
         settings = engine.run
-        prepared = PreparedData.open(settings.data.path, settings.model.vocab_size, settings.model.seq_length)
         tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.model, settings.model))
-        return export_hf(tensors, settings.model, prepared.tokenizer_path, output or RunDirectory(run).export_path, DTYPES[dtype])
+        return export_hf(tensors, settings.model, run / TOKENIZER_NAME, output or RunDirectory(run).export_path, DTYPES[dtype])

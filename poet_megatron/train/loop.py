@@ -19,6 +19,19 @@ from poet_megatron.train.step import train_step
 SKEW_CHECK_INTERVAL = 10
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluations on the validation data.
+
+    Attributes:
+        packed: token-weighted, over packed sequences.
+        reference: by the protocol of published tables, one padded sequence per document.
+    """
+
+    packed: Callable[[], EvalResult]
+    reference: Callable[[], EvalResult]
+
+
 @dataclass
 class Loop:
     """What one start of a run works with.
@@ -26,7 +39,7 @@ class Loop:
     Attributes:
         engine: model, optimizer, schedule.
         data: training micro-batches.
-        evaluate: runs an evaluation on the validation data.
+        evaluator: runs evaluations on the validation data.
         store: checkpoints.
         reporter: console and metrics.
         stop: whether a signal asked to stop.
@@ -34,7 +47,7 @@ class Loop:
 
     engine: Engine
     data: TrainBatches
-    evaluate: Callable[[], EvalResult]
+    evaluator: Evaluator
     store: CheckpointStore
     reporter: Reporter
     stop: StopFlag
@@ -47,7 +60,6 @@ class Loop:
         """
         run, engine = self.engine.run, self.engine
         last = min(run.train.steps, run.train.stop_at_step or run.train.steps)
-        saved = state.step
         if state.step == 0:
             self._evaluate(state)
         while state.step < last:
@@ -65,12 +77,15 @@ class Loop:
             signal_number = self.stop.agreed(engine.context.device)
             if signal_number or state.step == last or (run.checkpoint.interval and state.step % run.checkpoint.interval == 0):
                 self._save(state)
-                saved = state.step
             if signal_number:
                 return signal_number
-        if state.step == run.train.steps and saved == state.step:
-            self._evaluate(state)
+        if state.step == run.train.steps:
+            self.evaluate_finally(state)
         return 0
+
+    def evaluate_finally(self, state: TrainState) -> None:
+        """Evaluate the finished run by both protocols."""
+        self.reporter.evaluation(state.step, self.evaluator.packed(), self.evaluator.reference())
 
     def _merge_if_due(self, state: TrainState) -> None:
         poet = self.engine.run.poet
@@ -86,7 +101,7 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> None:
         self.reporter.pause()
-        self.reporter.evaluation(state.step, self.evaluate())
+        self.reporter.evaluation(state.step, self.evaluator.packed())
         self.reporter.resume()
 
     def _save(self, state: TrainState) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +17,17 @@ from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import diff_configs, flat_values, to_yaml
 from poet_megatron.config.load import load_config
 from poet_megatron.config.run import RunConfig
-from poet_megatron.data.eval_data import packed_eval_batches
+from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_dataset
 from poet_megatron.engine.build import Engine, build_engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.errors import UserError
-from poet_megatron.monitor.metrics import MetricsLogger
+from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
 from poet_megatron.monitor.run_dir import RunDirectory
 from poet_megatron.parallel.context import ParallelContext, parallel_context
-from poet_megatron.train.evaluate import EvalResult, evaluate
-from poet_megatron.train.loop import Loop
+from poet_megatron.train.evaluate import evaluate
+from poet_megatron.train.loop import Evaluator, Loop
 from poet_megatron.train.report import Reporter
 from poet_megatron.train.signals import stop_on_signals
 
@@ -36,6 +37,8 @@ FIXED_SECTIONS = (
     "model.",
     "poet.variant",
     "poet.block_size",
+    "poet.orthogonal_map",
+    "poet.neumann_",
     "poet.shard_groups",
     "train.seed",
     "train.precision",
@@ -53,7 +56,7 @@ def pretrain(run: RunConfig) -> int:
     """
     if not run.train.run_dir:
         raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
-    run = _with_absolute_paths(run)
+    run = _resolved(run)
     prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     with parallel_context(run.parallel, run.train.seed) as context:
         directory = RunDirectory(run.train.run_dir)
@@ -65,10 +68,11 @@ def pretrain(run: RunConfig) -> int:
                 directory.release()
 
 
-def _with_absolute_paths(run: RunConfig) -> RunConfig:
-    """Paths as they are on this machine whatever folder a later evaluation or export is started in."""
+def _resolved(run: RunConfig) -> RunConfig:
+    """Settings as checkpoints keep them: absolute paths, for commands started in another folder, and the number of shard groups."""
     data = {name: str(Path(value).resolve()) for name in ("path", "cache") if (value := getattr(run.data, name))}
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+    groups = run.poet.shard_groups or run.parallel.tensor_parallel
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data), poet=dataclasses.replace(run.poet, shard_groups=groups))
 
 
 def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData) -> int:
@@ -84,15 +88,19 @@ def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, pr
     if context.is_main:
         directory.write_config(to_yaml(run))
         directory.write_run_info()
+        shutil.copyfile(prepared.tokenizer_path, directory.path / prepared.tokenizer_path.name)
     with MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
         metrics.rewind(state.step)
         reporter = Reporter(engine, metrics, state.step)
         _announce(run, engine, reporter, state, directory)
-        if state.step >= run.train.steps:
-            reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
-            return 0
         with stop_on_signals() as stop:
-            signal_number = Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, stop).run(state)
+            loop = Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, stop)
+            if state.step >= run.train.steps:
+                reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
+                if not _final_evaluation_exists(directory, state.step):
+                    loop.evaluate_finally(state)
+                return 0
+            signal_number = loop.run(state)
     if signal_number:
         reporter.note(f"stopped by {signal.Signals(signal_number).name} at step {state.step}; the same command continues from there")
         return EXIT_SAVED_ON_SIGNAL
@@ -114,18 +122,20 @@ def _train_batches(run: RunConfig, context: ParallelContext, prepared: PreparedD
     )
 
 
-def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData) -> Callable[[], EvalResult]:
+def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData) -> Evaluator:
     context = engine.context
-    batches = packed_eval_batches(
-        prepared.valid_prefix,
-        run.model.seq_length,
-        run.train.eval_batch_size or run.train.micro_batch_size,
-        context.data_rank,
-        context.data_size,
-        run.train.eval_tokens,
-        context.device,
-    )
-    return lambda: evaluate(engine, batches)
+    batch_size = run.train.eval_batch_size or run.train.micro_batch_size
+    place = (run.model.seq_length, batch_size, context.data_rank, context.data_size, run.train.eval_tokens, context.device)
+    packed = packed_eval_batches(prepared.valid_prefix, *place)
+    reference = reference_protocol_batches(prepared.valid_prefix, *place)
+    return Evaluator(lambda: evaluate(engine, packed), lambda: evaluate(engine, reference))
+
+
+def _final_evaluation_exists(directory: RunDirectory, step: int) -> bool:
+    """Whether metrics.jsonl has the evaluation of `step`; the same answer on every rank."""
+    answer = [any(int(entry["step"]) == step and "eval/ppl" in entry for entry in read_metrics(directory.metrics_path))]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) -> dict[str, Any] | None:
@@ -136,7 +146,8 @@ def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) ->
     common = read_common(path)
     saved = load_config(path / CONFIG_NAME)
     changes = diff_configs(saved, run)
-    fatal = [line for line in changes if line.startswith(FIXED_SECTIONS)]
+    fixed = tuple(key for key in FIXED_SECTIONS if run.method == "poet" or not key.startswith("poet."))
+    fatal = [line for line in changes if line.startswith(fixed)]
     if fatal:
         raise UserError(
             f"{path} was written by another model and cannot continue with: {'; '.join(fatal)}. "
@@ -165,7 +176,7 @@ def _on_main(context: ParallelContext, action: Callable[[], None]) -> None:
     if context.is_main:
         try:
             action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             message[0] = str(error)
     dist.broadcast_object_list(message, src=0)
     if message[0]:

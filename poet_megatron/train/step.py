@@ -21,6 +21,8 @@ Batch = dict[str, Tensor]
 class NonFiniteError(UserError):
     """A loss or gradient was NaN or infinite; no parameter was updated with it."""
 
+    exit_status = 3
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -94,10 +96,12 @@ def _global_loss(losses: list[dict[str, Tensor]], device: torch.device) -> tuple
 
 def _require_finite(engine: Engine, loss: float) -> None:
     names = [] if torch.isfinite(torch.tensor(loss)) else [f"loss = {loss}"]
-    finite = torch.stack([buffer.grad_data.isfinite().all() for buffer in engine.wrapped.buffers]).all()
-    if not names and bool(finite):
+    sums = torch.stack([buffer.grad_data.sum() for buffer in engine.wrapped.buffers])  # one pass, no temporaries
+    if not names and bool(sums.isfinite().all()):
         return
     names += [name for name, p in engine.model.named_parameters() if p.requires_grad and not bool(p.main_grad.isfinite().all())]
+    if not names:
+        return  # finite gradients whose sum overflows
     raise NonFiniteError(
         f"not finite on rank {engine.context.rank}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
         "Nothing was updated with it. Lower optim.lr or optim.poet_lr, or set poet.orthogonal_map to cayley, and run again: "

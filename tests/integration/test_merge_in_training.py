@@ -66,11 +66,11 @@ def _snapshot(parameter, state) -> list[torch.Tensor]:
     return [parameter.detach().clone(), state.param.detach().clone(), *(state.slots[moment].clone() for moment in MOMENTS)]
 
 
-@pytest.mark.parametrize("merge", ["cayley-off", "cayley-neumann-off", "exp-off"])
+@pytest.mark.parametrize("merge", ["cayley-off", "cayley-exact", "cayley-neumann-off", "exp-off", "exp-exact"])
 def test_the_model_is_the_same_function_after_a_merge(tiny_run, merge):
     """fp32: token losses move by rounding only (|logits| is O(5), so 1e-5 is a few ulp through 2 layers)."""
-    orthogonal_map = merge.removesuffix("-off")
-    run = tiny_run("run", {"poet.orthogonal_map": orthogonal_map, "optim.poet_lr": "2e-2"})
+    orthogonal_map, polish = merge.rsplit("-", 1)
+    run = tiny_run("run", {"poet.orthogonal_map": orthogonal_map, "poet.merge_polish": polish, "optim.poet_lr": "2e-2"})
     with trained(run, 4) as (engine, data):
         before = eval_loss(engine, data)
         norm = max(r.diagnostics()[2] for r in engine.model.modules() if isinstance(r, Rotation))

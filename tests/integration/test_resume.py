@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -121,6 +122,29 @@ def test_a_run_directory_in_use_is_refused(tiny_run):
     run = tiny_run("run")
     with RunDirectory(run.train.run_dir), pytest.raises(UserError, match="in use by pid"):
         pretrain(run)
+
+
+def test_a_lost_final_evaluation_is_made_up_for(tiny_run):
+    """Killed between the last checkpoint and the evaluation that follows it: the same command evaluates, once."""
+    run = tiny_run("run", {"train.steps": "4"})
+    pretrain(run)
+    metrics = Path(run.train.run_dir) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    assert "eval/ppl_reference_protocol" in lines[-1]
+    metrics.write_text("\n".join(lines[:-1]) + "\n")
+    pretrain(run)
+    pretrain(run)
+    again = metrics.read_text().splitlines()
+    without_time = [{k: v for k, v in json.loads(text[-1]).items() if k != "time"} for text in (lines, again)]
+    assert without_time[0] == without_time[1]
+    assert len(again) == len(lines)
+
+
+def test_another_map_cannot_be_resumed(tiny_run):
+    """The same skews would mean another rotation."""
+    pretrain(tiny_run("run", {"train.stop_at_step": "3"}))
+    with pytest.raises(UserError, match=r"poet\.orthogonal_map: 'cayley-neumann' -> 'exp'"):
+        pretrain(tiny_run("run", {"poet.orthogonal_map": "exp"}))
 
 
 def test_learning_rate_may_change_on_resume(tiny_run, caplog):

@@ -57,6 +57,16 @@ def test_damage_is_found_and_passed_over(tmp_path, damage, caplog):
     assert "step-00000020 is damaged" in caplog.text
 
 
+def test_what_the_run_fell_back_from_makes_room(tmp_path):
+    """Step 30 is damaged, the run went on from 10: saving 20 must neither delete 20 nor keep 30."""
+    store = CheckpointStore(tmp_path, keep_last=1)
+    write(store, 10)
+    (store.begin(30) / "part").write_bytes(b"x")
+    store.commit(30)
+    write(store, 20)
+    assert store.steps() == [20]
+
+
 def test_begin_clears_what_an_interrupted_save_left(tmp_path):
     store = CheckpointStore(tmp_path)
     (store.begin(7) / "part").write_bytes(b"half")

@@ -139,7 +139,7 @@ def test_state_dict_is_canonical_and_round_trips(name, master):
     expected = layer(x)
 
     state = copy.deepcopy(nn.ModuleDict({"proj": layer}).state_dict())
-    assert set(state) == {"proj.bias", "proj.matrix.weight"} | {
+    assert set(state) == {"proj.bias", "proj.matrix.weight", "proj.matrix._extra_state"} | {
         f"proj.matrix.rotation_{side}.skew" for side in ("in", "out") if getattr(layer.matrix, f"rotation_{side}").skew is not None
     }
     assert torch.equal(state["proj.matrix.weight"], canonical)
@@ -157,8 +157,9 @@ def test_state_dict_is_canonical_and_round_trips(name, master):
         if master:
             assert torch.equal(other.matrix.master, layer.matrix.master)
 
+    without_index = {key.removeprefix("proj."): value for key, value in state.items() if not key.endswith("_extra_state")}
     wrong = PoetLinear.from_linear(nn.Linear(64, 48), config, MatrixId(3, 1, 2))
-    wrong.load_state_dict({key.removeprefix("proj."): value for key, value in state.items()})
+    wrong.load_state_dict(without_index, strict=False)
     assert torch.equal(wrong.matrix.canonical(wrong.matrix.weight), canonical)  # W0 does not depend on the merge index ...
     assert (wrong(x) - expected).abs().max() > 0.1  # ... but what the skews mean does
 
@@ -216,3 +217,17 @@ def test_diagnostics_report_defect_and_norm_of_the_blocks():
     assert defect == pytest.approx((g @ g.mT - eye).square().sum().item(), rel=1e-4)  # fp32 sums against float64
     exact = torch.linalg.svdvals(q).max().item()
     assert 0.95 * exact < norm < exact * 1.0001  # power iteration, see test_skew_norm_against_the_singular_values
+
+
+def test_state_dict_carries_the_merge_index_to_a_fresh_module():
+    """Skews mean something only under their own permutations: a new module loads both, and computes the same."""
+    torch.manual_seed(0)
+    config = PoetConfig(block_size=8, orthogonal_map="cayley")
+    old, fresh = (PoetLinear.from_linear(torch.nn.Linear(24, 40), config) for _ in range(2))
+    old.matrix.merge()
+    for rotation in (old.matrix.rotation_in, old.matrix.rotation_out):
+        rotation.skew.data.normal_(std=0.2)
+    fresh.load_state_dict(old.state_dict())
+    x = torch.randn(6, 24)
+    assert fresh.matrix.merge_index == 1
+    assert torch.equal(fresh(x), old(x))
