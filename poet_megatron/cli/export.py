@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="dtype of the stored weights: fp32 does not round the rotated weights, bf16 and fp16 take half the space (default: %(default)s)",
+        help="dtype of the stored weights: fp32 does not round rotated weights, bf16 and fp16 take half the space (default: %(default)s)",
     )
 
 
