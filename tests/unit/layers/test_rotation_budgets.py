@@ -87,7 +87,9 @@ def test_block_sizes_per_side():
     assert layout.sum_squares == 2 * 32**2 + 36
     fraction = SideLayout.build(70, 2, 0.25, "fs")  # floor(0.25 x 35) = 8 per group
     assert [(run.count, run.size, run.offset) for run in fraction.runs] == [(2, 8, 0)]
-    assert SideLayout.build(70, 1, 0, "bs").frozen and SideLayout.build(70, 1, 0.01, "fs").frozen
+    assert SideLayout.build(70, 1, 0, "bs").frozen and SideLayout.build(70, 1, 0, "fs").frozen
+    with pytest.raises(ValueError, match="block size 0.01 is 0 of 70 features"):  # a typing error, not a frozen side
+        SideLayout.build(70, 1, 0.01, "fs")
 
 
 @pytest.mark.parametrize(("width", "groups", "block", "variant"), [(64, 1, 65, "bs"), (64, 1, 100, "fs"), (64, 4, 17, "fs")])
