@@ -16,7 +16,7 @@ from poet_megatron.checkpoint.safety import check_metadata
 from poet_megatron.checkpoint.sharded import adam_steps, load_tensors, set_adam_steps, sharded_state
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import to_yaml
-from poet_megatron.engine.build import Engine
+from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.errors import UserError
 from poet_megatron.ops.philox import ALGORITHM_VERSION
@@ -41,7 +41,8 @@ def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, d
         store.begin(state.step)
     dist.barrier()
     staging = store.staging(state.step)
-    dist_checkpointing.save({**sharded_state(engine), "common": {**_common(engine, state), "data": data}}, str(staging))
+    common = {**_common(engine, state), "data": data}
+    dist_checkpointing.save({**sharded_state(engine), "common": common}, str(staging))
     torch.save(rng_state(), staging / f"rng-{rank}.pt")
     if engine.context.is_main:
         (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
@@ -121,10 +122,8 @@ def load_checkpoint(path: Path, engine: Engine, common: dict[str, Any]) -> Train
         engine: built from the same model and method.
         common: `read_common(path)`.
     """
-    set_merge_index([engine.model], common["state"]["merge_index"])
-    request = sharded_state(engine)
-    loaded = dist_checkpointing.load({**request}, str(path))
-    load_tensors(engine, loaded)
+    set_merge_index(engine.chunks, common["state"]["merge_index"])
+    load_tensors(engine, dist_checkpointing.load(sharded_state(engine, loading=True), str(path)))
     set_adam_steps(engine, common["adam_steps"])
     engine.scheduler.num_steps = common["scheduler_steps"]
     engine.scheduler.step(0)

@@ -15,6 +15,7 @@ from poet_megatron.parallel.config import ParallelConfig
 from poet_megatron.train.config import TrainConfig
 
 METHODS = ("poet", "adamw")
+ENGINES = ("megatron", "deepspeed")
 CONFIG_VERSION = 1
 
 
@@ -26,6 +27,8 @@ class RunConfig:
     """Version of this configuration format."""
     method: str = "poet"
     """poet: linear layers are reparameterized as R W0 P; adamw: dense training in the same loop."""
+    engine: str = "megatron"
+    """megatron: megatron-core's data parallelism and optimizers; deepspeed: ZeRO (data parallelism only; pip install '.[deepspeed]')."""
     model: ModelConfig = field(default_factory=ModelConfig)
     poet: PoetConfig = field(default_factory=PoetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -37,6 +40,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
+        one_of("engine", self.engine, ENGINES)
         if self.version > CONFIG_VERSION:
             raise ValueError(f"version is {self.version}; this release reads versions up to {CONFIG_VERSION}: upgrade poet-megatron")
         if self.optim.warmup_steps >= self.train.steps:

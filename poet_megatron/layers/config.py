@@ -10,6 +10,7 @@ VARIANTS = ("bs", "fs")
 ORTHOGONAL_MAPS = ("cayley-neumann", "cayley", "exp")
 NEUMANN_TAILS = ("paper", "doubled")
 COMPUTE_MODES = ("auto", "input", "weight")
+TP_PLACEMENTS = ("auto", "outside", "inside")
 MERGE_POLISHES = ("off", "exact")
 
 
@@ -33,6 +34,10 @@ class PoetConfig:
     """Coefficient of the last power Q^(k+1): paper = 1 (Eq. 6), doubled = 2, so that every coefficient is 2."""
     compute: str = "auto"
     """input: rotate activations; weight: form the effective weight once per step; auto: whichever needs fewer flops."""
+    share_input_rotation: bool = False
+    """One R for q, k and v, and one for gate and up, instead of one each (fewer parameters; a departure from the paper)."""
+    tp_placement: str = "auto"
+    """Where q, k, v (gate, up) rotate their input: outside, before a copy or gather for each; inside, on every rank after one; auto: the cheaper."""
     merge_interval: int = 400
     """T_m: optimizer steps between merge-then-reinitialize; 0 never merges."""
     merge_polish: str = "off"
@@ -55,6 +60,7 @@ class PoetConfig:
         one_of("poet.orthogonal_map", self.orthogonal_map, ORTHOGONAL_MAPS)
         one_of("poet.neumann_tail", self.neumann_tail, NEUMANN_TAILS)
         one_of("poet.compute", self.compute, COMPUTE_MODES)
+        one_of("poet.tp_placement", self.tp_placement, TP_PLACEMENTS)
         one_of("poet.merge_polish", self.merge_polish, MERGE_POLISHES)
         for name in ("block_size", "block_size_in", "block_size_out"):
             self._check_block(f"poet.{name}", getattr(self, name))

@@ -49,12 +49,17 @@ class RotatedMatrix(nn.Module):
 
     Parameters:
         weight: [out, in], frozen, in stored order (canonical in state_dict).
-        rotation_in.skew, rotation_out.skew: see Rotation.
+        rotation_in.skew, rotation_out.skew: see Rotation. A matrix that shares the R of another refers to it without registering it, so
+            that it is listed, saved and moved once, with its owner.
 
     Attributes:
         master: W0 [out, in] in fp32 and feature order, or None. Merges are computed on it and checkpoints hold it.
+        master_elsewhere: another data-parallel rank keeps the master, and writes it to checkpoints.
         merge_index: merges so far; selects the permutations.
+        sharers: the matrices that share rotation_in, its owner first; all of them merge together.
     """
+
+    rotation_in: Rotation
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class RotatedMatrix(nn.Module):
         tokens_per_step: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        shares_with: RotatedMatrix | None = None,
     ) -> None:
         """Allocate the matrix (uninitialized; see load_canonical) and its two factors at merge index 0.
 
@@ -78,6 +84,7 @@ class RotatedMatrix(nn.Module):
             tokens_per_step: tokens per rank and optimizer step, for compute = auto.
             device: device of the weight.
             dtype: dtype of the weight; skews are float32 unless the module is converted.
+            shares_with: owner of the R that this matrix uses.
 
         Raises:
             ValueError: a block is larger than its side, or the groups do not divide a side.
@@ -85,12 +92,17 @@ class RotatedMatrix(nn.Module):
         super().__init__()
         shards = shards or ShardSpec()
         self.config, self.merge_index = config, 0
+        self.sharers: list[RotatedMatrix] = [] if shares_with is None else shares_with.sharers
+        self.sharers.append(self)
         side_in = SideLayout.build(in_features, shards.groups_in, config.side_block("in"), config.variant)
         side_out = SideLayout.build(out_features, shards.groups_out, config.side_block("out"), config.variant)
         tail = 1.0 if config.neumann_tail == "paper" else 2.0
         orthogonal_map = OrthogonalMap(config.orthogonal_map, config.neumann_terms, tail)
         keys = [StreamKey(identity.seed, PERMUTATION, identity.layer, identity.matrix, side) for side in (0, 1)]
-        self.rotation_in = Rotation(side_in, orthogonal_map, keys[0], shards.first_group_in)
+        if shares_with is None:
+            self.rotation_in = Rotation(side_in, orthogonal_map, keys[0], shards.first_group_in)
+        else:
+            object.__setattr__(self, "rotation_in", shares_with.rotation_in)  # past nn.Module, which would register it
         self.rotation_out = Rotation(side_out, orthogonal_map, keys[1], shards.first_group_out)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False)
         self.compute = choose_compute(config.compute, tokens_per_step, side_in, side_out)
@@ -99,6 +111,7 @@ class RotatedMatrix(nn.Module):
             self.effective = EffectiveWeight(self)
             self.factor_cache = self.effective.factor_cache
         self.master: Tensor | None = None
+        self.master_elsewhere = False
         self._register_state_dict_hook(_canonical_state)
         self._register_load_state_dict_pre_hook(self._store_state)
 
@@ -138,13 +151,20 @@ class RotatedMatrix(nn.Module):
 
     @torch.no_grad()
     def set_merge_index(self, merge_index: int) -> None:
-        """Redraw the permutations of `merge_index` and re-store the weight accordingly; its canonical form is unchanged."""
+        """Redraw the permutations of `merge_index` and re-store the weight accordingly; its canonical form is unchanged.
+
+        Sharers of R are redrawn and re-stored with it.
+        """
+        if all(matrix.merge_index == merge_index for matrix in self.sharers):
+            return
         if self.weight.is_meta:
             self.merge_index = merge_index
             return
-        canonical = self.canonical(self.weight) if self.master is None else self.master
-        self._draw(merge_index)
-        self.load_canonical(canonical)
+        weights = [matrix.canonical(matrix.weight) if matrix.master is None else matrix.master for matrix in self.sharers]
+        for matrix in self.sharers:
+            matrix._draw(merge_index)
+        for matrix, weight in zip(self.sharers, weights, strict=True):
+            matrix.load_canonical(weight)
 
     @torch.no_grad()
     def merged(self, exact: bool = False) -> Tensor:
@@ -164,13 +184,28 @@ class RotatedMatrix(nn.Module):
         """Merge-then-reinitialize (paper, step 5): fold R and P into W0, zero the skews, draw the next permutations.
 
         The arithmetic is fp32; without a master the result is rounded to the dtype of the weight.
+
+        Raises:
+            RuntimeError: R is shared, so that all sharers have to be merged before it restarts.
         """
+        if len(self.sharers) > 1:
+            raise RuntimeError(
+                f"R is shared by {len(self.sharers)} matrices: take merged() of each, then restart() each, then load_canonical()"
+            )
         weight = self.merged(exact)
+        self.restart()
+        self.load_canonical(weight)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Zero the skews and draw the permutations of merge_index + 1; the stored weight is stale until `load_canonical`.
+
+        Calling it once for each sharer of R is right.
+        """
         for rotation in (self.rotation_in, self.rotation_out):
             if rotation.skew is not None:
                 rotation.skew.zero_()
         self._draw(self.merge_index + 1)
-        self.load_canonical(weight)
 
     def get_extra_state(self) -> dict[str, int]:
         """The merge index, which says what permutations the skews of a state_dict belong to."""
@@ -192,7 +227,7 @@ class RotatedMatrix(nn.Module):
 
     def _store_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if (extra := state_dict.get(f"{prefix}_extra_state")) is not None:
-            self._draw(extra["merge_index"])
+            self.set_merge_index(extra["merge_index"])
         if (weight := state_dict.get(f"{prefix}weight")) is None:
             return
         weight = weight.to(self.weight.device)

@@ -7,6 +7,7 @@ only gathers (x in feature order -> stored order) and the output side only scatt
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from poet_megatron.layers.factor_cache import FactorCache
@@ -30,6 +31,10 @@ class Rotation(nn.Module):
 
     Parameters:
         skew: [groups, packed_per_group], the strict upper triangles of the blocks, group-major; absent for a frozen side. Zero at first.
+
+    Attributes:
+        partial_over: tensor-parallel group over whose ranks the gradient of `skew` is a partial sum that this factor must add up; None
+            where it is whole (a factor split with its matrix), the same on every rank, or added up by Megatron (`skew.sequence_parallel`).
     """
 
     perm: Tensor
@@ -47,6 +52,7 @@ class Rotation(nn.Module):
         super().__init__()
         self.layout, self.map, self.key, self.first_group = layout, orthogonal_map, key, first_group
         self.factor_cache: FactorCache[Increments] = FactorCache()
+        self.partial_over: dist.ProcessGroup | None = None
         if layout.frozen:
             self.register_parameter("skew", None)
             return
@@ -81,13 +87,16 @@ class Rotation(nn.Module):
         return self.factor_cache.factor(lambda: Increments([self.map.increment(q) for q in self.skew_blocks()], dtype))
 
     def skew_grad(self, increments: Increments, grads: list[Tensor]) -> Tensor:
-        """Gradient of `skew` for the gradients of E of every run."""
+        """Gradient of `skew` for the gradients of E of every run, added up over `partial_over` in at least fp32."""
         layout = self.layout
-        packed = [
+        runs = [
             skew_pack_grad(self.map.increment_grad(q, e, g.to(q.dtype))).reshape(layout.groups, -1)
             for q, e, g in zip(self.skew_blocks(), increments.exact, grads, strict=True)
         ]
-        return torch.cat(packed, dim=1).to(self.skew.dtype)
+        packed = torch.cat(runs, dim=1)
+        if self.partial_over is not None:
+            dist.all_reduce(packed, group=self.partial_over)
+        return packed.to(self.skew.dtype)
 
     def forward(self, x: Tensor, output_side: bool) -> Tensor:
         """Rotate activations.

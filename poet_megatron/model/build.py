@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,6 +25,11 @@ from poet_megatron.model.naming import MATRIX_IDS
 from poet_megatron.model.norm import RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
@@ -57,18 +63,33 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
         sequence_parallel=parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
+        overlap_p2p_comm=parallel.virtual_stages > 1,
+        batch_p2p_comm=parallel.virtual_stages == 1,
         calculate_per_token_loss=True,
+        **_RECOMPUTE[parallel.recompute],
     )
 
 
-def build_model(run: RunConfig, config: TransformerConfig) -> MegatronModule:
-    """Build this rank's LlamaModel, uninitialized (see model.init), in the dtype of the run.
+def build_chunks(run: RunConfig, config: TransformerConfig) -> list[MegatronModule]:
+    """Build this rank's model chunks, one per virtual pipeline stage (see build_model)."""
+    stages = run.parallel.virtual_stages
+    return [build_model(run, config, stage if stages > 1 else None) for stage in range(stages)]
+
+
+def build_model(run: RunConfig, config: TransformerConfig, vp_stage: int | None = None) -> MegatronModule:
+    """Build a LlamaModel of this rank, uninitialized (see model.init), in the dtype of the run.
+
+    Args:
+        run: the run's settings.
+        config: Megatron's settings of the model.
+        vp_stage: which virtual pipeline stage, from 0; None where stages are not interleaved.
 
     Raises:
         ValueError: shard groups or block sizes that do not fit the layers.
     """
-    count = get_num_layers_to_build(config)
-    first = get_transformer_layer_offset(config)
+    count = get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage)
     specs = [_layer_spec(run, first + index) for index in range(count)]
     model = LlamaModel(
         config,
@@ -79,10 +100,20 @@ def build_model(run: RunConfig, config: TransformerConfig) -> MegatronModule:
         position_embedding_type="rope",
         rotary_base=run.model.rotary_base,
         share_embeddings_and_output_weights=False,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
     )
+    _mark_split(model)
     return model.to(config.params_dtype)
+
+
+def _mark_split(model: MegatronModule) -> None:
+    """Mark Megatron's own split weights, as its initialization (which we do not use) would: gradient norms count replicated ones once."""
+    split = {tensor_parallel.VocabParallelEmbedding: 0, tensor_parallel.ColumnParallelLinear: 0, tensor_parallel.RowParallelLinear: 1}
+    for module in model.modules():
+        if (axis := split.get(type(module))) is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def tokens_per_rank(run: RunConfig, data_parallel: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,8 +17,9 @@ from poet_megatron.optim.config import OptimConfig
 SKEW_PATTERN = "*.skew"
 
 
-def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimConfig, bf16: bool) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of wrapped model chunks, with fp32 masters when `bf16`.
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimConfig, bf16: bool, distributed: bool) -> MegatronOptimizer:
+    """AdamW over the trainable parameters of wrapped model chunks, with fp32 masters when `bf16`, sharded over data-parallel ranks when
+    `distributed`.
 
     Skews are a parameter group of their own, so that their learning rate, weight decay and Adam step are their own; norms and biases
     (one-dimensional parameters) are not decayed.
@@ -33,6 +35,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimConf
         clip_grad=config.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
     )
     skews: ParamGroupOverride = {
         "max_lr": config.poet_lr,
@@ -64,10 +67,6 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimConfig, steps: in
     )
 
 
-def learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
-    """Current learning rates: {"base": ..., "poet": ...} (poet only if there are skews)."""
-    rates = {}
-    for group in optimizer.param_groups:
-        if group["params"]:
-            rates["poet" if "start_wd" in group else "base"] = float(group["lr"])
-    return rates
+def learning_rates(param_groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Current learning rates of an optimizer's groups: {"base": ..., "poet": ...} (poet only if there are skews)."""
+    return {"poet" if "start_wd" in group else "base": float(group["lr"]) for group in param_groups if group["params"]}

@@ -1,16 +1,24 @@
-"""Merge-then-reinitialize over a whole model, with everything the optimizer remembers of the merged skews, and its schedule."""
+"""Merge-then-reinitialize over a whole model, with everything the optimizer remembers of the merged skews, and its schedule.
+
+Merges are distributed: every data-parallel rank merges its share of the matrices, in fp32 and from their fp32 masters where there are any,
+and the working copies are broadcast. Masters therefore cost 4mn / dp bytes per rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from poet_megatron.layers.config import PoetConfig
 from poet_megatron.layers.matrix import RotatedMatrix
 from poet_megatron.layers.rotation import Rotation
-from poet_megatron.optim.state import state_of
+from poet_megatron.optim.state import AdamState
+from poet_megatron.parallel.deal import deal
 
 
 def rotated_matrices(chunks: Sequence[nn.Module]) -> list[RotatedMatrix]:
@@ -18,33 +26,73 @@ def rotated_matrices(chunks: Sequence[nn.Module]) -> list[RotatedMatrix]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, RotatedMatrix)]
 
 
-def merge_model(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, config: PoetConfig) -> None:
-    """Merge every rotated matrix and reset its skews, their fp32 masters, their moments and Adam's step.
+def owners(chunks: Sequence[nn.Module], ranks: int) -> dict[RotatedMatrix, int]:
+    """The data-parallel rank that merges each matrix (and keeps its master): dealt by size, the same on every rank."""
+    matrices = rotated_matrices(chunks)
+    return dict(zip(matrices, deal([matrix.weight.numel() for matrix in matrices], ranks), strict=True))
+
+
+def keep_masters(chunks: Sequence[nn.Module], group: ProcessGroup) -> None:
+    """Keep an fp32 master of every rotated matrix from now on, each on one rank of the data-parallel `group`."""
+    for matrix, owner in owners(chunks, group.size()).items():
+        if owner == group.rank():
+            matrix.keep_master()
+        else:
+            matrix.master_elsewhere = True
+
+
+def merge_model(chunks: Sequence[nn.Module], states: Mapping[str, AdamState], config: PoetConfig, group: ProcessGroup) -> None:
+    """Merge every rotated matrix and reset its skews, their fp32 masters, their moments and Adam's step. Collective over `group`.
 
     Only the skews are touched: masters and moments of embeddings and norms stay bit-identical (Megatron's reload_model_params would round
     every master to the model's dtype).
 
     Args:
         chunks: model chunks of this rank.
-        optimizer: updates the skews.
+        states: Adam's state of (at least) the skews this rank updates.
         config: merge_polish and merge_reset_moments.
+        group: data-parallel ranks, which hold the same model.
     """
-    for matrix in rotated_matrices(chunks):
-        matrix.merge(exact=config.merge_polish == "exact")
-    for state in state_of(optimizer, skew_parameters(chunks)).values():
-        state.param.data.zero_()
-        if config.merge_reset_moments:
-            state.reset_moments()
+    owner = owners(chunks, group.size())
+    pending = []
+    for matrices in _sharers(owner):
+        mine = [matrix for matrix in matrices if owner[matrix] == group.rank()]
+        merged = [matrix.merged(exact=config.merge_polish == "exact") for matrix in mine]
+        for matrix in matrices:
+            matrix.restart()
+        for matrix, weight in zip(mine, merged, strict=True):
+            matrix.load_canonical(weight)
+        pending += [_broadcast(matrix, owner[matrix], group) for matrix in matrices]
+    for work in pending:
+        if work is not None:
+            work.wait()
+    for name, state in states.items():
+        if name.endswith(".skew"):
+            state.param.data.zero_()
+            if config.merge_reset_moments:
+                state.reset_moments()
 
 
-def skew_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """The trainable skews of this rank's model chunks by name."""
-    return {
-        f"{index}.{name}.skew": module.skew
-        for index, chunk in enumerate(chunks)
-        for name, module in chunk.named_modules()
-        if isinstance(module, Rotation) and module.skew is not None
-    }
+def broadcast_weights(chunks: Sequence[nn.Module], group: ProcessGroup) -> None:
+    """Give every data-parallel rank the working weights of the ranks that own them. Collective over `group`."""
+    for work in [_broadcast(matrix, owner, group) for matrix, owner in owners(chunks, group.size()).items()]:
+        if work is not None:
+            work.wait()
+
+
+def _sharers(matrices: Mapping[RotatedMatrix, int]) -> list[list[RotatedMatrix]]:
+    """Matrices grouped by the input rotation they share: all of a group are merged before its rotation is drawn again."""
+    groups: dict[int, list[RotatedMatrix]] = {}
+    for matrix in matrices:
+        groups.setdefault(id(matrix.rotation_in), []).append(matrix)
+    return list(groups.values())
+
+
+def _broadcast(matrix: RotatedMatrix, owner: int, group: ProcessGroup) -> dist.Work | None:
+    """Send the working weight, in stored order, which is the same on every rank."""
+    if group.size() == 1:
+        return None
+    return dist.broadcast(matrix.weight.data, src=dist.get_global_rank(group, owner), group=group, async_op=True)
 
 
 def set_merge_index(chunks: Sequence[nn.Module], merge_index: int) -> None:
@@ -53,23 +101,21 @@ def set_merge_index(chunks: Sequence[nn.Module], merge_index: int) -> None:
         matrix.set_merge_index(merge_index)
 
 
-def largest_skew_norm(chunks: Sequence[nn.Module]) -> float:
-    """Largest |Q|_2 over all blocks of this rank's model."""
-    return max((d[2] for d in _diagnostics(chunks)), default=0.0)
-
-
-def rotation_health(chunks: Sequence[nn.Module]) -> tuple[float, float]:
-    """(e_orth = |G G^T - I|_F / |I|_F over all blocks, largest |Q|_2) of this rank's model."""
-    diagnostics = _diagnostics(chunks)
-    size = sum(d[1] for d in diagnostics)
-    error = (sum(d[0] for d in diagnostics) / size) ** 0.5 if size else 0.0
-    return error, max((d[2] for d in diagnostics), default=0.0)
-
-
-def _diagnostics(chunks: Sequence[nn.Module]) -> list[tuple[float, float, float]]:
-    return [
-        module.diagnostics() for chunk in chunks for module in chunk.modules() if isinstance(module, Rotation) and module.skew is not None
+def rotation_health(chunks: Sequence[nn.Module], group: ProcessGroup) -> tuple[float, float]:
+    """(e_orth = |G G^T - I|_F / |I|_F over all blocks, largest |Q|_2) of the model that the ranks of `group` make up. Collective."""
+    diagnostics = [
+        module.diagnostics()
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, Rotation) and module.skew is not None and param_is_not_tensor_parallel_duplicate(module.skew)
     ]
+    device = next(chunks[0].parameters()).device
+    sums = torch.tensor([sum(d[0] for d in diagnostics), sum(d[1] for d in diagnostics)], dtype=torch.float64, device=device)
+    norm = torch.tensor(max((d[2] for d in diagnostics), default=0.0), dtype=torch.float64, device=device)
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
+    defect, size = sums.tolist()
+    return (defect / size) ** 0.5 if size else 0.0, norm.item()
 
 
 def clip_threshold(step: int, last_merge: int, clip_grad: float, config: PoetConfig) -> float:

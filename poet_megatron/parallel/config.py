@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from poet_megatron.config.checks import at_least
+from poet_megatron.config.checks import at_least, one_of
+
+RECOMPUTE_MODES = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,18 +16,31 @@ class ParallelConfig:
     tensor_parallel: int = 1
     """Ranks that split every layer."""
     pipeline_parallel: int = 1
-    """Pipeline stages."""
+    """Pipeline stages; layers are split evenly over them, the schedule is 1F1B."""
+    virtual_stages: int = 1
+    """Model chunks per pipeline stage; more than 1 interleaves them (needs pipeline_parallel of at least 2)."""
     sequence_parallel: bool = False
-    """Split activations along the sequence between tensor-parallel layers."""
+    """Split activations along the sequence between tensor-parallel layers (needs tensor_parallel of at least 2)."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer, ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Overlap the data-parallel gradient reduction with the backward pass."""
+    recompute: str = "none"
+    """Activation checkpointing: none; selective recomputes attention in the backward pass; full recomputes whole layers."""
+    check_replicas: bool = True
+    """Compare hashes of everything that ranks hold in common at every merge, and stop if they differ."""
     timeout_minutes: float = 10.0
     """Minutes after which a stuck collective aborts the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel"):
+        for name in ("tensor_parallel", "pipeline_parallel", "virtual_stages"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
-            if getattr(self, name) > 1:
-                raise ValueError(f"parallel.{name} is {getattr(self, name)}; this version is data-parallel only: set it to 1")
-        if self.sequence_parallel:
-            raise ValueError("parallel.sequence_parallel needs tensor parallelism, which this version does not have: set it to false")
+        one_of("parallel.recompute", self.recompute, RECOMPUTE_MODES)
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "parallel.sequence_parallel is true with parallel.tensor_parallel 1: set tensor_parallel to 2 or more, or turn it off"
+            )
+        if self.virtual_stages > 1 and self.pipeline_parallel == 1:
+            raise ValueError(
+                f"parallel.virtual_stages is {self.virtual_stages} with parallel.pipeline_parallel 1: interleaving needs at least 2 stages"
+            )

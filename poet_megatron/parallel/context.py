@@ -65,7 +65,12 @@ def parallel_context(config: ParallelConfig, seed: int, on_cpu: bool = False) ->
     _init_distributed(device, timedelta(minutes=config.timeout_minutes))
     try:
         with cuda_names_on_cpu():
-            parallel_state.initialize_model_parallel(config.tensor_parallel, config.pipeline_parallel)
+            parallel_state.initialize_model_parallel(
+                config.tensor_parallel,
+                config.pipeline_parallel,
+                config.virtual_stages if config.virtual_stages > 1 else None,
+                distributed_timeout_minutes=config.timeout_minutes,
+            )
             torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -32,5 +32,5 @@ def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> 
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     with open_run(run, step) as (engine, _):
         settings = engine.run
-        tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.model, settings.model))
+        tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.chunks[0], settings.model))
         return export_hf(tensors, settings.model, run / TOKENIZER_NAME, output or RunDirectory(run).export_path, DTYPES[dtype])

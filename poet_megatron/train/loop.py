@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.core import parallel_state
+
 from poet_megatron.checkpoint.io import save_checkpoint
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.data.train_data import TrainBatches
-from poet_megatron.engine.build import Engine
+from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
-from poet_megatron.optim.merge import clip_threshold, largest_skew_norm, merge_model
+from poet_megatron.optim.merge import clip_threshold, merge_model, rotation_health
+from poet_megatron.parallel.replicas import check_replicas
 from poet_megatron.train.evaluate import EvalResult
 from poet_megatron.train.report import Reporter
 from poet_megatron.train.signals import StopFlag
@@ -93,11 +96,20 @@ class Loop:
             return
         due = poet.merge_interval > 0 and state.step % poet.merge_interval == 0
         if not due and poet.merge_at_skew_norm and state.step % SKEW_CHECK_INTERVAL == 0:
-            due = largest_skew_norm([self.engine.model]) > poet.merge_at_skew_norm
+            due = rotation_health(self.engine.chunks, parallel_state.get_model_parallel_group())[1] > poet.merge_at_skew_norm
         if due:
-            merge_model([self.engine.model], self.engine.optimizer, poet)
-            state.merge_index += 1
-            state.last_merge = state.step
+            self._merge(state)
+
+    def _merge(self, state: TrainState) -> None:
+        engine = self.engine
+        check = engine.run.parallel.check_replicas
+        if check:
+            check_replicas(engine.chunks, f"before the merge at step {state.step}")
+        merge_model(engine.chunks, engine.states(), engine.run.poet, parallel_state.get_data_parallel_group())
+        state.merge_index += 1
+        state.last_merge = state.step
+        if check:
+            check_replicas(engine.chunks, f"after the merge at step {state.step}")
 
     def _evaluate(self, state: TrainState) -> None:
         self.reporter.pause()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from megatron.core import parallel_state
 
-from poet_megatron.engine.build import Engine
+from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.model.flops import step_flops
 from poet_megatron.monitor.console import format_line
@@ -33,7 +34,7 @@ class Reporter:
         self.eta = EtaEstimator(engine.run.train.steps)
         self.eta.update(start_step, time.monotonic())
         tokens = engine.run.train.global_batch_size * engine.run.model.seq_length // engine.context.data_size
-        self._flops = step_flops(engine.run, engine.model, tokens)
+        self._flops = step_flops(engine.run, engine.chunks[0], tokens)
         self._losses: list[float] = []
         self._tokens, self._steps, self._since = 0, 0, time.monotonic()
 
@@ -45,12 +46,13 @@ class Reporter:
 
     def log(self, state: TrainState, result: StepResult) -> None:
         """Report the interval that ends with `result`; the loss is its mean over the interval."""
+        rates = learning_rates(self.engine.param_groups)
+        poet_metrics = self._poet_metrics(state, rates)
         if not self.engine.context.is_main:
             self._reset()
             return
         elapsed = max(time.monotonic() - self._since, 1e-9)
         loss = sum(self._losses) / len(self._losses)
-        rates = learning_rates(self.engine.optimizer)
         world = self.engine.context.world_size
         metrics = {
             "step": state.step,
@@ -65,7 +67,7 @@ class Reporter:
         }
         if (peak := self.engine.run.monitor.peak_tflops) > 0:
             metrics["perf/mfu"] = self._flops * self._steps / elapsed / (peak * TERA)
-        metrics |= self._poet_metrics(state, rates)
+        metrics |= poet_metrics
         self.metrics.log(metrics, state.step)
         eta = self.eta.update(state.step, time.monotonic())
         print(format_line(metrics, self.engine.run.train.steps, world, eta), flush=True)
@@ -98,7 +100,7 @@ class Reporter:
         run = self.engine.run
         if run.method != "poet":
             return {}
-        error, norm = rotation_health([self.engine.model])
+        error, norm = rotation_health(self.engine.chunks, parallel_state.get_model_parallel_group())
         metrics = {"optim/poet_lr": rates.get("poet", 0.0), "poet/ortho_error": error, "poet/skew_norm": norm}
         metrics["poet/merge_index"] = state.merge_index
         if interval := run.poet.merge_interval:

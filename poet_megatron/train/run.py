@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from poet_megatron.checkpoint.io import CONFIG_NAME, choose_checkpoint, load_checkpoint, read_common
 from poet_megatron.checkpoint.store import CheckpointStore
@@ -20,9 +21,11 @@ from poet_megatron.config.run import RunConfig
 from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_dataset
-from poet_megatron.engine.build import Engine, build_engine
+from poet_megatron.engine.base import Engine
+from poet_megatron.engine.build import build_engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.errors import UserError
+from poet_megatron.model.count import count_parameters
 from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
 from poet_megatron.monitor.run_dir import RunDirectory
 from poet_megatron.parallel.context import ParallelContext, parallel_context
@@ -40,6 +43,7 @@ FIXED_SECTIONS = (
     "poet.orthogonal_map",
     "poet.neumann_",
     "poet.shard_groups",
+    "poet.share_input_rotation",
     "train.seed",
     "train.precision",
     "poet.master_weights",
@@ -159,8 +163,7 @@ def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) ->
 
 
 def _announce(run: RunConfig, engine: Engine, reporter: Reporter, state: TrainState, directory: RunDirectory) -> None:
-    trainable = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for name, p in engine.model.named_parameters() if not name.endswith(".skew"))
+    total, trainable = count_parameters(engine.chunks, parallel_state.get_model_parallel_group())
     batch = run.train.global_batch_size * run.model.seq_length
     reporter.note(
         f"{run.method}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {engine.context.world_size} rank(s) on "

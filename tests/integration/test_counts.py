@@ -43,7 +43,7 @@ def test_estimate_counts_what_training_allocates(tiny_run):
     found = estimate(run)
     with parallel_context(run.parallel, 0) as context:
         engine = build_engine(run, context)
-        parameters = dict(engine.model.named_parameters())
+        parameters = dict(engine.chunks[0].named_parameters())
     trainable = [p for p in parameters.values() if p.requires_grad]
     frozen = [p for p in parameters.values() if not p.requires_grad]
     assert found.trainable_parameters == sum(p.numel() for p in trainable)

@@ -46,7 +46,7 @@ def test_exported_logits_equal_ours(finished):
     tokens = torch.randint(4, 320, (3, 32), generator=torch.Generator().manual_seed(0))
     with open_run(run_dir, None) as (engine, _), torch.no_grad():
         positions = torch.arange(32).expand(3, -1)
-        ours = engine.model(tokens, positions, None)[..., : engine.run.model.vocab_size]
+        ours = engine.chunks[0](tokens, positions, None)[..., : engine.run.model.vocab_size]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
     assert ours.shape == theirs.shape == (3, 32, 320)
     assert (ours.float() - theirs).abs().max() < (0.15 if variant == "bf16" else 1e-4)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_dataset
@@ -14,7 +15,7 @@ from poet_megatron.engine.build import build_engine
 from poet_megatron.layers.rotation import Rotation
 from poet_megatron.model.canonical import canonical_slots
 from poet_megatron.optim.merge import clip_threshold, merge_model, rotated_matrices
-from poet_megatron.optim.state import MOMENTS, adam_states, state_of
+from poet_megatron.optim.state import MOMENTS
 from poet_megatron.parallel.context import parallel_context
 from poet_megatron.train.step import NonFiniteError, train_step
 
@@ -33,10 +34,14 @@ def trained(run, steps: int):
         yield engine, data
 
 
+def merge_now(engine) -> None:
+    merge_model(engine.chunks, engine.states(), engine.run.poet, parallel_state.get_data_parallel_group())
+
+
 def eval_loss(engine, data: TrainBatches) -> torch.Tensor:
-    engine.model.eval()
+    engine.chunks[0].eval()
     with torch.no_grad():
-        return torch.cat([engine.model(b["tokens"], b["position_ids"], None, labels=b["labels"]) for b in data.micro_batches(50)])
+        return torch.cat([engine.chunks[0](b["tokens"], b["position_ids"], None, labels=b["labels"]) for b in data.micro_batches(50)])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -45,13 +50,12 @@ def test_merge_resets_skews_and_touches_nothing_else(tiny_run, precision, varian
     """Skews, their fp32 masters, moments and Adam's step are zero; every bit of embeddings' and norms' state stays (DESIGN 5)."""
     run = tiny_run("run", {"train.precision": precision, "poet.orthogonal_map": "cayley", **variant})
     with trained(run, 4) as (engine, _):
-        named = {name: parameter for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
-        states = state_of(engine.optimizer, named)
+        named, states = engine.trainable(), engine.states()
         assert {state.step for state in states.values()} == {4}
         assert any(states[name].param is not parameter for name, parameter in named.items()) == (precision == "bf16")
         before = {name: _snapshot(named[name], state) for name, state in states.items()}
         assert all(any(bool(tensor.any()) for tensor in before[name]) for name in named)
-        merge_model([engine.model], engine.optimizer, run.poet)
+        merge_now(engine)
         for name, state in states.items():
             after = _snapshot(named[name], state)
             if name.endswith(".skew"):
@@ -73,9 +77,9 @@ def test_the_model_is_the_same_function_after_a_merge(tiny_run, merge):
     run = tiny_run("run", {"poet.orthogonal_map": orthogonal_map, "poet.merge_polish": polish, "optim.poet_lr": "2e-2"})
     with trained(run, 4) as (engine, data):
         before = eval_loss(engine, data)
-        norm = max(r.diagnostics()[2] for r in engine.model.modules() if isinstance(r, Rotation))
+        norm = max(r.diagnostics()[2] for r in engine.chunks[0].modules() if isinstance(r, Rotation))
         assert norm > 0.1
-        merge_model([engine.model], engine.optimizer, run.poet)
+        merge_now(engine)
         assert torch.allclose(eval_loss(engine, data), before, atol=1e-5, rtol=0)
 
 
@@ -85,9 +89,9 @@ def test_exact_polish_keeps_the_spectrum_where_the_series_does_not(tiny_run):
     for polish in ("off", "exact"):
         run = tiny_run(polish, {"poet.neumann_terms": "2", "poet.merge_polish": polish, "optim.poet_lr": "5e-2"})
         with trained(run, 6) as (engine, _):
-            matrix = rotated_matrices([engine.model])[0]
+            matrix = rotated_matrices(engine.chunks)[0]
             before = torch.linalg.svdvals(matrix.canonical(matrix.weight).double())
-            merge_model([engine.model], engine.optimizer, run.poet)
+            merge_now(engine)
             after = torch.linalg.svdvals(matrix.canonical(matrix.weight).double())
             drift[polish] = ((after - before).abs().max() / before.max()).item()
     assert drift["exact"] < 1e-5
@@ -97,9 +101,9 @@ def test_exact_polish_keeps_the_spectrum_where_the_series_does_not(tiny_run):
 def test_bf16_keeps_an_fp32_master_of_the_weights(tiny_run):
     """The merge happens in fp32 and the working weight is its rounding."""
     with trained(tiny_run("run", {"train.precision": "bf16"}), 3) as (engine, _):
-        matrix = rotated_matrices([engine.model])[0]
+        matrix = rotated_matrices(engine.chunks)[0]
         expected = matrix.merged()
-        merge_model([engine.model], engine.optimizer, engine.run.poet)
+        merge_now(engine)
         assert matrix.master.dtype == torch.float32
         assert torch.equal(matrix.master, expected)
         assert torch.equal(matrix.canonical(matrix.weight), expected.bfloat16())
@@ -110,7 +114,8 @@ def test_initial_model_does_not_depend_on_the_method(tiny_run):
     first = {}
     for name, changes in {"poet": {}, "adamw": {"method": "adamw"}}.items():
         with trained(tiny_run(name, changes), 0) as (engine, data):
-            first[name] = ({slot.name: slot.read() for slot in canonical_slots(engine.model, engine.run.model)}, eval_loss(engine, data))
+            slots = canonical_slots(engine.chunks[0], engine.run.model)
+            first[name] = ({slot.name: slot.read() for slot in slots}, eval_loss(engine, data))
     weights, losses = zip(*first.values(), strict=True)
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -119,13 +124,13 @@ def test_initial_model_does_not_depend_on_the_method(tiny_run):
 
 def test_nan_stops_before_the_update(tiny_run):
     with trained(tiny_run("run"), 2) as (engine, data):
-        matrix = rotated_matrices([engine.model])[0]
-        before = {name: p.detach().clone() for name, p in engine.model.named_parameters() if p is not matrix.weight}
+        matrix = rotated_matrices(engine.chunks)[0]
+        before = {name: p.detach().clone() for name, p in engine.chunks[0].named_parameters() if p is not matrix.weight}
         matrix.weight.data[0, 0] = math.nan
         with pytest.raises(NonFiniteError, match="Nothing was updated"):
             train_step(engine, data.micro_batches(2), 1.0)
-        assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters() if name in before)
-        assert {state.step for state in adam_states(engine.optimizer)} == {2}
+        assert all(torch.equal(p, before[name]) for name, p in engine.chunks[0].named_parameters() if name in before)
+        assert {state.step for state in engine.states().values()} == {2}
 
 
 def test_clip_ramp_by_hand(tiny_run):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from poet_megatron.optim.state import AdamState, adam_states
+from poet_megatron.optim.state import AdamState, megatron_states
 
 
 class GroupStepAdam:
@@ -19,7 +19,8 @@ class GroupStepAdam:
 
 
 def view(optimizer) -> AdamState:
-    (state,) = adam_states(SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups))
+    named = {"x": optimizer.param_groups[0]["params"][0]}
+    (state,) = megatron_states(SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups), named).values()
     return state
 
 
