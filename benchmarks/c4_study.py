@@ -164,10 +164,8 @@ def main() -> int:
     steps = min(tokens - 1, TOKENS) // (BATCH * SEQ_LENGTH)
     facts: dict[str, object] = {
         "command": command_line("benchmarks.c4_study"),
-        "training tokens": tokens,
+        "training tokens": steps * BATCH * SEQ_LENGTH,
         "steps": steps,
-    }
-    facts |= {
         "tokens per step": BATCH * SEQ_LENGTH,
         "merge interval": MERGE_INTERVAL,
         "base lr of POET": BASE_LR,
