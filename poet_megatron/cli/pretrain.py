@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     if args.dry_run:
-        from poet_megatron.model.estimate import estimate
+        from poet_megatron.estimate.estimate import estimate
+        from poet_megatron.estimate.report import to_text
 
-        print(estimate(config).to_text())
+        print(to_text(estimate(config)))
         return 0
     from poet_megatron.train.run import pretrain
 

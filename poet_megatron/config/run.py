@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from poet_megatron.checkpoint.config import CheckpointConfig
 from poet_megatron.config.checks import one_of
 from poet_megatron.data.config import DataConfig
+from poet_megatron.engine.config import DeepSpeedConfig
 from poet_megatron.layers.config import PoetConfig
 from poet_megatron.model.config import ModelConfig
 from poet_megatron.monitor.config import MonitorConfig
@@ -36,6 +37,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,11 @@ class RunConfig:
             raise ValueError(f"version is {self.version}; this release reads versions up to {CONFIG_VERSION}: upgrade poet-megatron")
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}; it must be less than train.steps = {self.train.steps}")
+        if self.engine == "deepspeed" and self.parallel.distributed_optimizer:
+            raise ValueError(
+                "parallel.distributed_optimizer is true with engine deepspeed, which shards the optimizer itself (deepspeed.zero_stage): "
+                "set it to false, or engine to megatron"
+            )
         if self.method == "poet":
             self._check_blocks()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     batch = next(batches)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, lambda losses: _loss(losses, batch["loss_mask"])
+
+
+def one_or_all(items: list[Any]) -> Any:
+    """What Megatron's schedules take for the chunks of a pipeline stage: the only item, or the list of several."""
+    return items[0] if len(items) == 1 else items
 
 
 def _loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

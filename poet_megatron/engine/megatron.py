@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core import parallel_state
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from poet_megatron.config.run import RunConfig
 from poet_megatron.engine.base import Batch, Engine
-from poet_megatron.engine.forward import forward_step
+from poet_megatron.engine.forward import forward_step, one_or_all
 from poet_megatron.layers.factor_cache import cached_factors
 from poet_megatron.optim.build import build_optimizer, build_scheduler
 from poet_megatron.optim.state import AdamState, megatron_states
@@ -38,8 +38,8 @@ class MegatronEngine(Engine):
         self.wrapped = wrap_chunks(parallel, config, chunks)
         config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
-            no_syncs: list[Callable] = [chunk.no_sync for chunk in self.wrapped]
-            config.no_sync_func = no_syncs[0] if len(no_syncs) == 1 else no_syncs
+            config.no_sync_func = one_or_all([chunk.no_sync for chunk in self.wrapped])
+            config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in self.wrapped])  # all pipeline stages at the same time
         self.optimizer = build_optimizer(self.wrapped, run.optim, run.train.precision == "bf16", parallel.distributed_optimizer)
         self.scheduler = build_scheduler(self.optimizer, run.optim, run.train.steps)
 
@@ -58,12 +58,11 @@ class MegatronEngine(Engine):
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        iterators = [iter(batches) for _ in self.wrapped]
         with cached_factors(self.chunks, len(batches)):
             losses = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
+                data_iterator=one_or_all([iter(batches) for _ in self.wrapped]),
+                model=one_or_all(self.wrapped),
                 num_microbatches=len(batches),
                 seq_length=self.run.model.seq_length,
                 micro_batch_size=self.run.train.micro_batch_size,

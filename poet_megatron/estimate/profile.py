@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from poet_megatron.config.run import RunConfig
 from poet_megatron.engine.forward import forward_step
 from poet_megatron.estimate.meter import MemoryMeter
+from poet_megatron.estimate.traffic import Calls, count_calls
 from poet_megatron.layers.factor_cache import cached_factors
 from poet_megatron.model.build import build_model, transformer_config
 from poet_megatron.parallel.collectives import CollectiveCounter
 from poet_megatron.parallel.data_parallel import wrap_chunks
-
-Calls = Mapping[tuple[str, tuple[int, ...], int], int]
-"""How often a collective is issued: {(kind, global ranks, bytes): times}."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,12 @@ def profile_chunk(run: RunConfig, vp_stage: int, layers: int) -> ChunkProfile:
     )
 
 
+def hidden_shape(run: RunConfig) -> tuple[int, int, int]:
+    """Shape [s, micro, h] (or [s / tp, micro, h] under sequence parallelism) of the activations between layers, and between stages."""
+    split = run.parallel.tensor_parallel if run.parallel.sequence_parallel else 1
+    return run.model.seq_length // split, run.train.micro_batch_size, run.model.hidden_size
+
+
 def _with_layers(run: RunConfig, layers: int) -> RunConfig:
     """The run with `layers` layers per chunk."""
     chunks = run.parallel.pipeline_parallel * run.parallel.virtual_stages
@@ -82,14 +87,13 @@ def _measure(run: RunConfig, vp_stage: int) -> ChunkProfile:
     micro, length = run.train.micro_batch_size, run.model.seq_length
     batch = {name: torch.empty(micro, length, dtype=torch.long) for name in ("tokens", "labels", "position_ids")}
     batch["loss_mask"] = torch.empty(micro, length)
-    split = run.parallel.tensor_parallel if run.parallel.sequence_parallel else 1
-    hidden = (length // split, micro, run.model.hidden_size)
+    hidden = hidden_shape(run)
     with cached_factors([chunk], 2), MemoryMeter() as meter:
 
         def micro_batch() -> tuple[int, Calls]:
             with CollectiveCounter() as counter:
                 held = _forward_and_backward(chunk, wrapped, batch, hidden, meter)
-            return held, Counter((record.kind, record.ranks, record.bytes) for record in counter.records)
+            return held, count_calls(counter.records)
 
         _, collectives = micro_batch()
         factors = meter.peak = meter.live
@@ -99,7 +103,7 @@ def _measure(run: RunConfig, vp_stage: int) -> ChunkProfile:
 
 
 def _forward_and_backward(
-    chunk: torch.nn.Module, wrapped: torch.nn.Module, batch: dict[str, Tensor], hidden: tuple[int, ...], meter: MemoryMeter
+    chunk: MegatronModule, wrapped: DistributedDataParallel, batch: dict[str, Tensor], hidden: tuple[int, int, int], meter: MemoryMeter
 ) -> int:
     """One micro-batch as the pipeline schedules run it; returns the bytes that are kept between the two passes."""
     before = meter.live

@@ -37,7 +37,7 @@ class PoetConfig:
     share_input_rotation: bool = False
     """One R for q, k and v, and one for gate and up, instead of one each (fewer parameters; a departure from the paper)."""
     tp_placement: str = "auto"
-    """Where q, k, v (gate, up) rotate their input: outside, before a copy or gather for each; inside, on every rank after one; auto: the cheaper."""
+    """Rotate the input of q, k, v (gate, up) outside (before a gather for each) or inside (on every rank, after one); auto: the cheaper."""
     merge_interval: int = 400
     """T_m: optimizer steps between merge-then-reinitialize; 0 never merges."""
     merge_polish: str = "off"

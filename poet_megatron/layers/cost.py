@@ -16,13 +16,14 @@ FLOPS_PER_BYTE = 4e14 / 3e11
 """Flops in the time of one byte on an H100: 4e14 bf16 flop/s achieved, 3e11 B/s bus bandwidth of NVLink all-gathers and reduce-scatters."""
 
 
-def input_centric_flops(tokens: int, side_in: SideLayout, *sides_out: SideLayout) -> int:
+def input_centric_flops(tokens: int, side_in: SideLayout, *sides_out: SideLayout, share_in: float = 1, share_out: float = 1) -> int:
     """Flops of one optimizer step on `tokens` tokens when activations are rotated: 4Tmn, plus 6T sum b^2 per side (DESIGN 3).
 
-    Several output sides: matrices that share the input side and its rotation.
+    Several output sides: matrices that share the input side and its rotation. `share_in` and `share_out` are the fractions of the tokens
+    that this rank rotates on a side: under sequence parallelism 1/tp for a replicated factor outside the copies and gathers.
     """
     dense = sum(4 * tokens * side_in.width * side.width for side in sides_out)
-    return dense + 6 * tokens * (side_in.sum_squares + sum(side.sum_squares for side in sides_out))
+    return dense + round(6 * tokens * (share_in * side_in.sum_squares + share_out * sum(side.sum_squares for side in sides_out)))
 
 
 def weight_centric_flops(tokens: int, side_in: SideLayout, *sides_out: SideLayout) -> int:
@@ -31,7 +32,7 @@ def weight_centric_flops(tokens: int, side_in: SideLayout, *sides_out: SideLayou
     return dense + sum(6 * (side_in.sum_squares * side.width + side.sum_squares * side_in.width) for side in sides_out)
 
 
-def choose_compute(mode: str, tokens: int, side_in: SideLayout, *sides_out: SideLayout) -> str:
+def choose_compute(mode: str, tokens: int, side_in: SideLayout, *sides_out: SideLayout, share_in: float = 1, share_out: float = 1) -> str:
     """Resolve poet.compute ("auto", "input" or "weight") for one matrix, or for several that share their input rotation.
 
     Args:
@@ -39,10 +40,13 @@ def choose_compute(mode: str, tokens: int, side_in: SideLayout, *sides_out: Side
         tokens: tokens per rank and optimizer step.
         side_in: input side.
         sides_out: output side of each matrix.
+        share_in: see input_centric_flops.
+        share_out: likewise.
     """
     if mode != "auto":
         return mode
-    return "weight" if weight_centric_flops(tokens, side_in, *sides_out) < input_centric_flops(tokens, side_in, *sides_out) else "input"
+    rotating = input_centric_flops(tokens, side_in, *sides_out, share_in=share_in, share_out=share_out)
+    return "weight" if weight_centric_flops(tokens, side_in, *sides_out) < rotating else "input"
 
 
 @dataclass(frozen=True)

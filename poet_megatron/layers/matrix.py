@@ -36,12 +36,20 @@ class MatrixId:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Shard groups of the two sides on this rank: how many, and the global number of the first one."""
+    """What a rank holds of the two sides.
+
+    Attributes:
+        groups_in, groups_out: shard groups of the side on this rank.
+        first_group_in, first_group_out: global number of the first of them.
+        share_in, share_out: fraction of the tokens that this rank rotates on the side, for compute = auto.
+    """
 
     groups_in: int = 1
     groups_out: int = 1
     first_group_in: int = 0
     first_group_out: int = 0
+    share_in: float = 1.0
+    share_out: float = 1.0
 
 
 class RotatedMatrix(nn.Module):
@@ -94,8 +102,9 @@ class RotatedMatrix(nn.Module):
         self.config, self.merge_index = config, 0
         self.sharers: list[RotatedMatrix] = [] if shares_with is None else shares_with.sharers
         self.sharers.append(self)
-        side_in = SideLayout.build(in_features, shards.groups_in, config.side_block("in"), config.variant)
-        side_out = SideLayout.build(out_features, shards.groups_out, config.side_block("out"), config.variant)
+        capped = max(shards.groups_in, shards.groups_out) > 1  # a side that is not split has all groups
+        side_in = SideLayout.build(in_features, shards.groups_in, config.side_block("in"), config.variant, capped)
+        side_out = SideLayout.build(out_features, shards.groups_out, config.side_block("out"), config.variant, capped)
         tail = 1.0 if config.neumann_tail == "paper" else 2.0
         orthogonal_map = OrthogonalMap(config.orthogonal_map, config.neumann_terms, tail)
         keys = [StreamKey(identity.seed, PERMUTATION, identity.layer, identity.matrix, side) for side in (0, 1)]
@@ -105,7 +114,8 @@ class RotatedMatrix(nn.Module):
             object.__setattr__(self, "rotation_in", shares_with.rotation_in)  # past nn.Module, which would register it
         self.rotation_out = Rotation(side_out, orthogonal_map, keys[1], shards.first_group_out)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False)
-        self.compute = choose_compute(config.compute, tokens_per_step, side_in, side_out)
+        shares = {"share_in": shards.share_in, "share_out": shards.share_out}
+        self.compute = choose_compute(config.compute, tokens_per_step, side_in, side_out, **shares)
         self.effective: EffectiveWeight | None = None
         if self.compute == "weight":
             self.effective = EffectiveWeight(self)

@@ -119,13 +119,20 @@ class PoetColumnParallelLinear(PoetParallelLinear):
             matrix = self._add_matrix(part, input_size, replace(spec.config, compute="input"), owner)
             owner = owner or matrix
         sides_out = [matrix.rotation_out.layout for matrix in self.parts]
-        compute = choose_compute(spec.config.compute, spec.tokens_per_step, self.parts[0].rotation_in.layout, *sides_out)
+        side_in, share = self.parts[0].rotation_in.layout, self._replicated_share()
+        compute = choose_compute(spec.config.compute, spec.tokens_per_step, side_in, *sides_out, share_in=share)
         for matrix in self.parts:
             matrix.compute = compute
         if compute == "weight":
             self.effective = EffectiveWeight(*self.parts)
             self.factor_cache = self.effective.factor_cache
         self.placement = "shared"
+
+    def _replicated_share(self) -> float:
+        """See PoetParallelLinear. Where several parts may be rotated inside, they are taken to be."""
+        config, several = self.spec.config, len(self.spec.parts) > 1
+        inside = several and not config.share_input_rotation and config.tp_placement != "outside"
+        return 1.0 if inside else super()._replicated_share()
 
     def _place(self, dtype: torch.dtype) -> str:
         rotating = [matrix.rotation_in.layout for matrix in self.parts if _rotates(matrix)]

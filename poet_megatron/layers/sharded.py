@@ -88,10 +88,7 @@ class PoetParallelLinear(nn.Module):
         """Axis along which tensor-parallel ranks split a tensor of the state, None if it is replicated."""
         if key.endswith(".weight"):
             return 0 if self.splits_outputs else 1
-        return 0 if key.endswith("rotation_out.skew" if self.splits_outputs else "rotation_in.skew") or self._splits_bias(key) else None
-
-    def _splits_bias(self, key: str) -> bool:
-        return key == "bias" and self.splits_outputs
+        return 0 if key.endswith(("rotation_out.skew", "bias") if self.splits_outputs else "rotation_in.skew") else None
 
     def _add_bias(self, size: int) -> None:
         """Create the bias (size 0: none), which is added after P; replicated on a row-parallel layer."""
@@ -107,11 +104,11 @@ class PoetParallelLinear(nn.Module):
         out_features = part.out_features
         self._check_groups(part.name, {"inputs": in_features, "outputs": out_features})
         local = self.shard_groups // tp_size
-        first = self.tp_group.rank() * local
+        first, share = self.tp_group.rank() * local, self._replicated_share()
         if self.splits_outputs:
-            shards, out_features = ShardSpec(self.shard_groups, local, 0, first), out_features // tp_size
+            shards, out_features = ShardSpec(self.shard_groups, local, 0, first, share_in=share), out_features // tp_size
         else:
-            shards, in_features = ShardSpec(local, self.shard_groups, first, 0), in_features // tp_size
+            shards, in_features = ShardSpec(local, self.shard_groups, first, 0, share_out=share), in_features // tp_size
         identity = MatrixId(spec.seed, spec.layer, part.matrix)
         matrix = RotatedMatrix(in_features, out_features, config, identity, shards, spec.tokens_per_step, **self._kwargs, shares_with=owner)
         for rotation in (matrix.rotation_in, matrix.rotation_out):
@@ -120,6 +117,10 @@ class PoetParallelLinear(nn.Module):
                 rotation.skew.data = rotation.skew.data.to(self._kwargs["dtype"])
         self.matrices[part.name] = matrix
         return matrix
+
+    def _replicated_share(self) -> float:
+        """Fraction of the tokens that this rank rotates with a replicated factor."""
+        return 1 / self.tp_group.size() if self.sequence_parallel else 1.0
 
     def _check_groups(self, name: str, widths: dict[str, int]) -> None:
         for side, width in widths.items():

@@ -37,7 +37,7 @@ class SideLayout:
     ragged: int
 
     @classmethod
-    def build(cls, width: int, groups: int, block: float, variant: str) -> SideLayout:
+    def build(cls, width: int, groups: int, block: float, variant: str, capped: bool = False) -> SideLayout:
         """Lay out a side of `width` features in `groups` groups.
 
         Args:
@@ -45,15 +45,16 @@ class SideLayout:
             groups: shard groups on this rank; must divide width.
             block: an integer size, a fraction of the group width (fully-stochastic only), or 0 for a frozen side.
             variant: "bs" or "fs".
+            capped: there are several shard groups, here or on other ranks: block-stochastic blocks are at most as wide as a group.
 
         Raises:
-            ValueError: if groups does not divide the width, or the block is larger than the group.
+            ValueError: if groups does not divide the width, or the block is larger than the group (and not capped).
         """
         if width % groups:
             raise ValueError(f"shard_groups is {groups}, which does not divide a width of {width}")
         group_width = width // groups
         size = math.floor(block * group_width + FRACTION_SLACK) if 0 < block <= 1 else int(block)
-        if size > group_width and (variant == "fs" or groups == 1):
+        if size > group_width and (variant == "fs" or not capped):
             raise ValueError(f"block size {size} is larger than the width {group_width} of a shard group: choose at most {group_width}")
         size = min(size, group_width)
         if block and size < 2:

@@ -66,6 +66,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         overlap_p2p_comm=parallel.virtual_stages > 1,
         batch_p2p_comm=parallel.virtual_stages == 1,
+        deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         **_RECOMPUTE[parallel.recompute],
     )

@@ -45,7 +45,9 @@ def merge_model(chunks: Sequence[nn.Module], states: Mapping[str, AdamState], co
     """Merge every rotated matrix and reset its skews, their fp32 masters, their moments and Adam's step. Collective over `group`.
 
     Only the skews are touched: masters and moments of embeddings and norms stay bit-identical (Megatron's reload_model_params would round
-    every master to the model's dtype).
+    every master to the model's dtype). A merge sends each working weight once, from its owner to the other ranks of `group`, while the
+    owner goes on to its next matrix; a group of one sends nothing. Beyond the model it needs the fp32 temporaries of the matrices that
+    share an R (of one matrix, where none is shared).
 
     Args:
         chunks: model chunks of this rank.
@@ -53,19 +55,14 @@ def merge_model(chunks: Sequence[nn.Module], states: Mapping[str, AdamState], co
         config: merge_polish and merge_reset_moments.
         group: data-parallel ranks, which hold the same model.
     """
-    owner = owners(chunks, group.size())
-    pending = []
-    for matrices in _sharers(owner):
-        mine = [matrix for matrix in matrices if owner[matrix] == group.rank()]
-        merged = [matrix.merged(exact=config.merge_polish == "exact") for matrix in mine]
-        for matrix in matrices:
-            matrix.restart()
-        for matrix, weight in zip(mine, merged, strict=True):
-            matrix.load_canonical(weight)
-        pending += [_broadcast(matrix, owner[matrix], group) for matrix in matrices]
+    owner, exact = owners(chunks, group.size()), config.merge_polish == "exact"
+    pending: list[dist.Work] = []
+    for first in owner:
+        if first is first.sharers[0]:  # all sharers of an R are merged before it is drawn again
+            _merge_share(first.sharers, [matrix for matrix in first.sharers if owner[matrix] == group.rank()], exact)
+            pending += [work for matrix in first.sharers if (work := _broadcast(matrix, owner[matrix], group))]
     for work in pending:
-        if work is not None:
-            work.wait()
+        work.wait()
     for name, state in states.items():
         if name.endswith(".skew"):
             state.param.data.zero_()
@@ -75,21 +72,26 @@ def merge_model(chunks: Sequence[nn.Module], states: Mapping[str, AdamState], co
 
 def broadcast_weights(chunks: Sequence[nn.Module], group: ProcessGroup) -> None:
     """Give every data-parallel rank the working weights of the ranks that own them. Collective over `group`."""
-    for work in [_broadcast(matrix, owner, group) for matrix, owner in owners(chunks, group.size()).items()]:
+    pending = [_broadcast(matrix, owner, group) for matrix, owner in owners(chunks, group.size()).items()]
+    for work in pending:
         if work is not None:
             work.wait()
 
 
-def _sharers(matrices: Mapping[RotatedMatrix, int]) -> list[list[RotatedMatrix]]:
-    """Matrices grouped by the input rotation they share: all of a group are merged before its rotation is drawn again."""
-    groups: dict[int, list[RotatedMatrix]] = {}
-    for matrix in matrices:
-        groups.setdefault(id(matrix.rotation_in), []).append(matrix)
-    return list(groups.values())
+def _merge_share(sharers: Sequence[RotatedMatrix], mine: Sequence[RotatedMatrix], exact: bool) -> None:
+    """Restart the sharers of an R with the merged weights of those that this rank owns; the other weights are stale until they arrive."""
+    merged = [matrix.merged(exact) for matrix in mine]
+    for matrix in sharers:
+        matrix.restart()
+    for matrix, weight in zip(mine, merged, strict=True):
+        matrix.load_canonical(weight)
 
 
 def _broadcast(matrix: RotatedMatrix, owner: int, group: ProcessGroup) -> dist.Work | None:
-    """Send the working weight, in stored order, which is the same on every rank."""
+    """Start to send the working weight, in stored order, which is the same on every rank.
+
+    A GPU does this on NCCL's own stream, which waits for what the current stream has queued so far; the host waits for neither.
+    """
     if group.size() == 1:
         return None
     return dist.broadcast(matrix.weight.data, src=dist.get_global_rank(group, owner), group=group, async_op=True)

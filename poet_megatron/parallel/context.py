@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +13,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from poet_megatron.errors import UserError
 from poet_megatron.parallel.config import ParallelConfig
 from poet_megatron.parallel.cpu_shim import cuda_names_on_cpu
+
+_worlds = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,31 @@ class ParallelContext:
         return self.rank == 0
 
 
-@contextmanager
-def parallel_context(config: ParallelConfig, seed: int, on_cpu: bool = False) -> Iterator[ParallelContext]:
-    """Set up every process group of a run, and tear it down.
+def launched_ranks() -> int:
+    """Processes that torchrun (or whoever set the environment) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    Under torchrun the environment gives rank and world size; otherwise the run is a single process.
+
+@contextmanager
+def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelContext]:
+    """Set up every process group of a run, and tear it down; a process may do so several times, with different layouts.
+
+    Under torchrun the environment gives rank and world size; otherwise the run is a single process. An error inside closes this rank's
+    connections without waiting for the others, whose collectives then fail instead of waiting for a rank that is gone.
 
     Args:
         config: parallel layout.
         seed: seeds torch and Megatron's RNG tracker.
-        on_cpu: stay on the CPU where there is a GPU (to count, not to train).
 
     Raises:
         UserError: the world size is not a multiple of tensor x pipeline parallel sizes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = config.tensor_parallel * config.pipeline_parallel
+    world_size, model_size = launched_ranks(), config.tensor_parallel * config.pipeline_parallel
     if world_size % model_size:
         raise UserError(
             f"{world_size} processes cannot be split into groups of tensor x pipeline parallel = {model_size}: launch a multiple of it"
         )
-    device = torch.device("cpu") if on_cpu else _device()
+    device = _device()
     _init_distributed(device, timedelta(minutes=config.timeout_minutes))
     try:
         with cuda_names_on_cpu():
@@ -75,9 +84,11 @@ def parallel_context(config: ParallelConfig, seed: int, on_cpu: bool = False) ->
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             yield ParallelContext(dist.get_rank(), dist.get_world_size(), data_rank, data_size, device)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+            dist.barrier()  # nobody closes a connection that another rank still reads from
+    except BaseException:
+        _leave(device, failed=True)
+        raise
+    _leave(device, failed=False)
 
 
 def _device() -> torch.device:
@@ -90,7 +101,25 @@ def _device() -> torch.device:
 
 def _init_distributed(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store = _launcher_store()
+    store.set_timeout(timeout)
+    store = dist.PrefixStore(f"poet_megatron/{next(_worlds)}", store)  # process groups of a later world are named like those of the first
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=launched_ranks(), timeout=timeout)
+
+
+@functools.cache
+def _launcher_store() -> dist.Store:
+    """The key-value store through which the ranks of a launch find each other; it lives as long as the process."""
+    return next(iter(rendezvous("env://")))[0]
+
+
+def _leave(device: torch.device, failed: bool) -> None:
+    """Close all process groups. NCCL's orderly way waits for collectives in flight, which other ranks may never join after a failure."""
+    parallel_state.destroy_model_parallel()
+    if failed and device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()

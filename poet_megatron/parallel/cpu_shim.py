@@ -14,20 +14,23 @@ import megatron.core.tensor_parallel.random as mcore_random
 import torch
 from torch.overrides import TorchFunctionMode
 
+_CUDA, _TYPE = torch.Tensor.cuda, torch.Tensor.type
+
 
 class CudaNamesOnCpu(TorchFunctionMode):
     """Sends device="cuda" to the CPU, and lets CPU tensors answer `.type()` with the CUDA name that megatron-core compares with."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Intercept one torch call."""
-        kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.cuda:
+        """Intercept one torch call. It runs for every call, so the usual case comes first."""
+        if kwargs:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        if func is _CUDA:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if func is _TYPE and len(args) == 1:
             return func(*args).replace("torch.", "torch.cuda.")
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 @contextmanager

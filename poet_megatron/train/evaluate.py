@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from poet_megatron.engine.base import Batch, Engine
-from poet_megatron.engine.forward import forward_step
+from poet_megatron.engine.forward import forward_step, one_or_all
 from poet_megatron.layers.factor_cache import cached_factors
 
 MAX_EXPONENT = 700.0
@@ -81,11 +81,10 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> EvalResult:
 def _forward(engine: Engine, window: list[Batch]) -> list[Tensor]:
     """[sum of token losses, tokens] in float64 of every batch, on the last pipeline stage; elsewhere nothing."""
     micro_batch_size, seq_length = window[0]["tokens"].shape
-    iterators = [iter(window) for _ in engine.chunks]
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=engine.chunks if len(engine.chunks) > 1 else engine.chunks[0],
+        data_iterator=one_or_all([iter(window) for _ in engine.chunks]),
+        model=one_or_all(engine.chunks),
         num_microbatches=len(window),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

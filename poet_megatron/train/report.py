@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from poet_megatron.engine.base import Engine
@@ -30,11 +31,11 @@ class Reporter:
     """Console and metrics of one start of a run; silent on ranks other than 0."""
 
     def __init__(self, engine: Engine, metrics: MetricsLogger, start_step: int) -> None:
+        """Collective over the ranks that share a model."""
         self.engine, self.metrics = engine, metrics
         self.eta = EtaEstimator(engine.run.train.steps)
         self.eta.update(start_step, time.monotonic())
-        tokens = engine.run.train.global_batch_size * engine.run.model.seq_length // engine.context.data_size
-        self._flops = step_flops(engine.run, engine.chunks[0], tokens)
+        self._flops = mean_step_flops(engine)
         self._losses: list[float] = []
         self._tokens, self._steps, self._since = 0, 0, time.monotonic()
 
@@ -109,6 +110,15 @@ class Reporter:
 
     def _reset(self) -> None:
         self._losses, self._tokens, self._steps, self._since = [], 0, 0, time.monotonic()
+
+
+def mean_step_flops(engine: Engine) -> float:
+    """Flops of an optimizer step per rank, the mean over the ranks that share a model: pipeline stages differ. Collective over them."""
+    tokens = engine.run.train.global_batch_size * engine.run.model.seq_length // engine.context.data_size
+    group = parallel_state.get_model_parallel_group()
+    flops = torch.tensor(step_flops(engine.run, engine.chunks, tokens), dtype=torch.float64, device=engine.context.device)
+    dist.all_reduce(flops, group=group)
+    return flops.item() / group.size()
 
 
 def peak_memory() -> int:

@@ -28,7 +28,8 @@ from poet_megatron.errors import UserError
 from poet_megatron.model.count import count_parameters
 from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
 from poet_megatron.monitor.run_dir import RunDirectory
-from poet_megatron.parallel.context import ParallelContext, parallel_context
+from poet_megatron.parallel.context import ParallelContext, launched_ranks, parallel_context
+from poet_megatron.parallel.layout import check_layout
 from poet_megatron.train.evaluate import evaluate
 from poet_megatron.train.loop import Evaluator, Loop
 from poet_megatron.train.report import Reporter
@@ -61,6 +62,7 @@ def pretrain(run: RunConfig) -> int:
     if not run.train.run_dir:
         raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
     run = _resolved(run)
+    check_layout(run, launched_ranks())  # before ranks wait for each other
     prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     with parallel_context(run.parallel, run.train.seed) as context:
         directory = RunDirectory(run.train.run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,16 +71,17 @@ def _agree(losses: list[Tensor], finite: Tensor, engine: Engine) -> tuple[float,
 
 
 def _stop_if_not_finite(engine: Engine, loss: float) -> None:
-    names = [] if torch.isfinite(torch.tensor(loss)) else [f"loss = {loss}"]
-    names += [name for name, gradient in engine.named_gradients() if not bool(gradient.isfinite().all())]
+    names = [name for name, gradient in engine.named_gradients() if not bool(gradient.isfinite().all())]
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, names)
-    bad = {rank: names for rank, names in enumerate(found) if names}
+    bad = [] if math.isfinite(loss) else [f"loss = {loss}"]
+    for rank, names in enumerate(found):
+        if names:
+            bad.append(f"rank {rank}: gradients of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
     if not bad:
         return
-    where = "; ".join(f"rank {rank}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for rank, names in bad.items())
     raise NonFiniteError(
-        f"not finite on {where}. "
+        f"not finite: {'; '.join(bad)}. "
         "Nothing was updated with it. Lower optim.lr or optim.poet_lr, or set poet.orthogonal_map to cayley, and run again: "
         "the run continues from its last checkpoint"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from poet_megatron.config.load import load_config
-from poet_megatron.model.estimate import estimate
+from poet_megatron.estimate.estimate import count_parameters, estimate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = ("60m", "130m", "350m", "1b3")
@@ -28,7 +28,7 @@ ROWS = [(size, method, value) for method, values in TABLE_2.items() for size, va
 def test_rotated_parameters_of_table_2(size: str, method: str, millions: float):
     """Within 0.01 M (the paper's AdamW row at 1.3B has one digit, so half of that digit)."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = estimate(load_config(CONFIGS / f"llama_{size}_{method}.yaml"))
+    found = count_parameters(load_config(CONFIGS / f"llama_{size}_{method}.yaml"))
     tolerance = 0.05 if (size, method) == ("1b3", "adamw") else 0.01
     assert found.rotated_parameters / 1e6 == pytest.approx(millions, abs=tolerance)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB: 1.3B parameters would take 5,000,000
@@ -46,8 +46,9 @@ def test_estimate_counts_what_training_allocates(tiny_run):
         parameters = dict(engine.chunks[0].named_parameters())
     trainable = [p for p in parameters.values() if p.requires_grad]
     frozen = [p for p in parameters.values() if not p.requires_grad]
-    assert found.trainable_parameters == sum(p.numel() for p in trainable)
-    assert found.total_parameters == sum(p.numel() for name, p in parameters.items() if not name.endswith(".skew"))
-    assert found.memory_bytes["frozen W0"] == sum(p.numel() * p.element_size() for p in frozen)
-    assert found.memory_bytes["fp32 master of W0"] == 2 * found.memory_bytes["frozen W0"]
-    assert found.memory_bytes["gradients"] == 4 * found.trainable_parameters
+    assert found.counts.trainable_parameters == sum(p.numel() for p in trainable)
+    assert found.counts.total_parameters == sum(p.numel() for name, p in parameters.items() if not name.endswith(".skew"))
+    memory = found.largest.memory_bytes
+    assert memory["frozen W0"] == sum(p.numel() * p.element_size() for p in frozen)
+    assert memory["fp32 master of W0"] == 2 * memory["frozen W0"]
+    assert memory["gradients"] == 4 * found.counts.trainable_parameters

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +18,7 @@ from poet_megatron.layers.rotation import Rotation
 from poet_megatron.model.canonical import canonical_slots
 from poet_megatron.optim.merge import clip_threshold, merge_model, rotated_matrices
 from poet_megatron.optim.state import MOMENTS
+from poet_megatron.parallel.collectives import CollectiveCounter
 from poet_megatron.parallel.context import parallel_context
 from poet_megatron.train.step import NonFiniteError, train_step
 
@@ -120,6 +123,51 @@ def test_initial_model_does_not_depend_on_the_method(tiny_run):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert torch.allclose(losses[0], losses[1], atol=1e-6, rtol=0)
+
+
+def test_a_merge_needs_the_memory_of_one_matrix(tiny_run):
+    """At the peak 5 fp32 copies of the largest matrix, its factors included, whatever the number of layers; nothing stays."""
+    peaks = {}
+    for layers in (1, 3):
+        changes = {"model.num_layers": str(layers), "model.ffn_hidden_size": "512", "train.precision": "bf16"}
+        with trained(tiny_run(str(layers), changes), 1) as (engine, _):
+            largest = max(matrix.weight.numel() for matrix in rotated_matrices(engine.chunks))
+            peaks[layers], left = allocated(lambda engine=engine: merge_now(engine))
+            assert left == 0
+            assert peaks[layers] < 5 * 4 * largest
+    assert peaks[3] == peaks[1]
+
+
+def allocated(action: Callable[[], None]) -> tuple[int, int]:
+    """(largest number of bytes that `action` has allocated at a time, bytes it leaves allocated)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(held), held[-1]
+
+
+def test_one_rank_merges_without_communication(tiny_run):
+    with trained(tiny_run("run", {"train.precision": "bf16"}), 1) as (engine, _):
+        with CollectiveCounter() as counter:
+            merge_now(engine)
+        assert counter.records == []
+
+
+def test_replicas_are_compared_around_every_merge(tiny_run, monkeypatch):
+    from poet_megatron.train import loop
+    from poet_megatron.train.run import pretrain
+
+    def recorded(event: str):
+        return lambda chunks, *arguments: events.append(arguments[0] if event == "check" else event)
+
+    monkeypatch.setattr(loop, "check_replicas", recorded("check"))
+    monkeypatch.setattr(loop, "merge_model", recorded("merge"))
+    for check in ("true", "false"):
+        events: list[str] = []
+        pretrain(tiny_run(check, {"poet.merge_interval": "2", "train.steps": "4", "parallel.check_replicas": check}))
+        around = [[f"before the merge at step {step}", "merge", f"after the merge at step {step}"] for step in (2, 4)]
+        assert events == (sum(around, []) if check == "true" else ["merge", "merge"])
 
 
 def test_nan_stops_before_the_update(tiny_run):

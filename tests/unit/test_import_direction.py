@@ -21,6 +21,7 @@ LAYERS = [
     {"model"},
     {"optim"},
     {"engine"},
+    {"estimate"},
     {"checkpoint"},
     {"train"},
     {"cli"},

@@ -29,12 +29,12 @@ def called(monkeypatch):
         seen["pretrain"] = config
         return 7
 
-    def estimate(config):
-        seen["estimate"] = config
-        return types.SimpleNamespace(to_text=lambda: "TEXT", to_json=lambda: json.dumps({"rotated_parameters": 5}))
+    def estimate(config, world_size=None):
+        seen["estimate"], seen["world_size"] = config, world_size
 
     module("poet_megatron.train.run", pretrain=pretrain)
-    module("poet_megatron.model.estimate", estimate=estimate)
+    module("poet_megatron.estimate.estimate", estimate=estimate)
+    module("poet_megatron.estimate.report", to_text=lambda found: "TEXT", to_json=lambda found: json.dumps({"rotated_parameters": 5}))
     return seen
 
 
@@ -111,7 +111,7 @@ def test_pretrain_trains_what_was_asked_for(called, tmp_path):
 def test_dry_run_estimates_and_does_not_train(called, capsys):
     assert cli.main(["pretrain", "--dry-run", "--train.steps=8"]) == 0
     assert capsys.readouterr().out == "TEXT\n"
-    assert set(called) == {"estimate"} and called["estimate"].train.steps == 8
+    assert set(called) == {"estimate", "world_size"} and called["estimate"].train.steps == 8
 
 
 def test_print_config_can_be_loaded_again(called, capsys, tmp_path):
@@ -126,8 +126,8 @@ def test_estimate(called, capsys):
     assert cli.main(["estimate", "--json", "--poet.block_size", "64"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rotated_parameters": 5}
     assert called["estimate"] == dataclasses.replace(RunConfig(), poet=dataclasses.replace(RunConfig().poet, block_size=64))
-    assert cli.main(["estimate"]) == 0
-    assert capsys.readouterr().out == "TEXT\n"
+    assert cli.main(["estimate", "--world-size", "16"]) == 0
+    assert capsys.readouterr().out == "TEXT\n" and called["world_size"] == 16
 
 
 @pytest.mark.parametrize(

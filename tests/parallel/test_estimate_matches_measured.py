@@ -1,0 +1,116 @@
+"""The estimate of a layout against what 4 gloo processes really communicate and allocate (cases_estimate.py has the layouts)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from cases_estimate import CASES, QUICK, RANKS, run_of
+
+from poet_megatron.estimate.estimate import Estimate, estimate
+from poet_megatron.estimate.memory import PARTS
+from poet_megatron.estimate.profile import hidden_shape
+from poet_megatron.estimate.traffic import MERGE
+
+ROOT = Path(__file__).parents[2]
+MESSAGES = ("send", "recv")
+FP32_BYTES = 4
+NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+
+
+@functools.cache
+def measured(quick: bool) -> dict[str, list[dict]]:
+    """Run the quick cases, or the others, once."""
+    names = [name for name in CASES if (name in QUICK) == quick]
+    script = Path(__file__).with_name("cases_estimate.py")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), str(script)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run([*command, str(output), *names], capture_output=True, text=True, env=environment, timeout=600)
+        assert output.exists(), f"no results:\n{done.stderr[-3000:]}"
+        return json.loads(output.read_text())
+
+
+@functools.cache
+def estimated(name: str) -> Estimate:
+    return estimate(run_of(name), RANKS, fused_norms=False)
+
+
+def ranks_of(name: str) -> list[dict]:
+    assert name in measured(name in QUICK), f"{name}: the processes failed"
+    return measured(name in QUICK)[name]
+
+
+def totals(calls: list[tuple[str, str, int, int]]) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(kind, group): (calls, bytes)} of (kind, group, calls, bytes); messages are between pipeline stages whatever group carries them."""
+    sums: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for kind, group, count, size in calls:
+        key = (kind, "pipeline" if kind in MESSAGES else group)
+        sums[key] = (sums[key][0] + count, sums[key][1] + size)
+    return dict(sums)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_communication(name: str):
+    """Calls and bytes of every kind and group, exactly, on every rank."""
+    for rank in ranks_of(name):
+        traffic = estimated(name).stages[rank["stage"]].traffic
+        for when, of_merge in (("step", False), ("merge", True)):
+            expected = totals([(t.collective, t.group, t.calls, t.bytes) for t in traffic if (t.purpose == MERGE) == of_merge])
+            found = totals([(kind, group, times, size * times) for kind, group, size, times in rank[when]])
+            assert found == expected, f"{when} of rank {rank['rank']}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory(name: str):
+    """Weights, masters and gradients exactly, on the largest rank of the stage; optimizer state up to padding."""
+    for stage in estimated(name).stages:
+        ranks = [rank["memory"] for rank in ranks_of(name) if rank["stage"] == stage.stage]
+        largest = {part: max(memory[part] for memory in ranks) for part in ranks[0]}
+        for part in ("frozen W0", "fp32 master of W0", "gradients"):
+            assert largest[part] == stage.memory_bytes[part], part
+        padding = stage.memory_bytes["gradients"] - FP32_BYTES * sum_trainable(stage.shapes, run_of(name).method)
+        for part in ("trainable weights", "optimizer"):
+            assert 0 <= stage.memory_bytes[part] - largest[part] <= 3 * padding, part
+
+
+def sum_trainable(shapes: list, method: str) -> int:
+    """Elements of the parameters that are trained."""
+    elements = 0
+    for name, shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        elements += 0 if method == "poet" and ".matrices." in name and name.endswith("weight") else size
+    return elements
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations(name: str):
+    """The peak of what autograd keeps, over all micro-batches in flight, within 0.1 %.
+
+    Pipeline schedules also hold the outputs of micro-batches in flight, which the estimate counts and autograd need not keep, and on the
+    last stage the input of the micro-batch before. Recomputed layers are workspace in the estimate.
+    """
+    run, parallel = run_of(name), run_of(name).parallel
+    length, micro, hidden = hidden_shape(run)
+    message = length * micro * hidden * (2 if run.train.precision == "bf16" else FP32_BYTES)
+    for stage in estimated(name).stages:
+        memory = stage.memory_bytes
+        below = message if parallel.pipeline_parallel > 1 else 0
+        above = (2 * (parallel.pipeline_parallel - stage.stage) + parallel.virtual_stages * parallel.pipeline_parallel) * below
+        recomputed = memory["workspace"] if parallel.recompute == "full" else 0
+        for peak in {rank["memory"]["activations"] for rank in ranks_of(name) if rank["stage"] == stage.stage}:
+            assert -0.001 * peak - below - recomputed <= memory["activations"] - peak <= 0.001 * peak + above
+
+
+def test_every_part_is_described():
+    assert list(estimated("outside").largest.memory_bytes) == list(PARTS)
