@@ -37,7 +37,7 @@ def exit_statuses(ranks: int, work: Callable[[], None], timeout: float) -> list[
     """
     port = _free_port()
     fork = multiprocessing.get_context("fork")
-    processes: list[BaseProcess] = [fork.Process(target=_rank, args=(rank, ranks, port, work), daemon=True) for rank in range(ranks)]
+    processes: list[BaseProcess] = [fork.Process(target=_rank, args=(rank, ranks, port, work)) for rank in range(ranks)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout

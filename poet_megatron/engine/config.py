@@ -17,6 +17,7 @@ class DeepSpeedConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in ZERO_STAGES:
             raise ValueError(
-                f"deepspeed.zero_stage is {self.zero_stage}; choose 1 or 2. Stage 3 (like FSDP) would split the frozen weights, which a merge "
-                "rewrites as whole matrices: to split the model, use engine megatron with parallel.tensor_parallel or pipeline_parallel"
+                f"deepspeed.zero_stage is {self.zero_stage}; choose 1 or 2. Stage 3, like FSDP, would split the frozen weights, "
+                "which a merge rewrites as whole matrices: to split the model, set engine to megatron, with parallel.tensor_parallel or "
+                "parallel.pipeline_parallel"
             )

@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
 
     def states(self) -> dict[str, AdamState]:
         """See Engine.states."""
-        return zero_states(self.zero, self.adam, self.trainable())
+        return zero_states(self.adam, self.trainable())
 
 
 class _MicroBatch(nn.Module):

@@ -25,8 +25,9 @@ from poet_megatron.errors import UserError
 from poet_megatron.optim.state import MOMENTS, AdamState
 from poet_megatron.parallel.context import ParallelContext
 
+FIX = "pip install '.[deepspeed]' (docs/dependencies.md), or set engine to megatron"
 OLDEST, BELOW = (0, 19, 8), (0, 20)  # gradient_allreduce_op is ignored by releases that do not know it, and gradients would be averaged
-BUCKET = 50_000_000  # elements that are reduced at once; DeepSpeed allocates a buffer of this size for every step
+BUCKET = 50_000_000  # elements that are reduced at once, at most; DeepSpeed allocates a buffer of this size in every step
 
 
 class DataParallelGroups:
@@ -50,11 +51,9 @@ def import_deepspeed(context: ParallelContext) -> Any:
     try:
         installed = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            "engine is deepspeed, and DeepSpeed is not installed: pip install '.[deepspeed]' (docs/dependencies.md), or set engine to megatron"
-        ) from None
+        raise UserError(f"engine is deepspeed, and DeepSpeed is not installed: {FIX}") from None
     if not OLDEST <= tuple(int(number) for number in re.findall(r"\d+", installed)[:3]) < BELOW:
-        raise UserError(f"engine is deepspeed, and DeepSpeed {installed} is installed; it must be 0.19.8 or a later 0.19: pip install '.[deepspeed]'")
+        raise UserError(f"engine is deepspeed, and DeepSpeed {installed} is installed; it must be 0.19.8 or a later 0.19: {FIX}")
     os.environ.setdefault("DS_ACCELERATOR", context.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = importlib.import_module("deepspeed")
@@ -70,6 +69,7 @@ def start_zero(deepspeed: Any, model: nn.Module, optimizer: torch.optim.Optimize
     DeepSpeed's own bf16 mode stays off: the model is in bf16 already, and the mode would take another optimizer for stage 1. Gradients are
     accumulated and reduced in fp32 either way.
     """
+    elements = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     settings = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
@@ -79,8 +79,7 @@ def start_zero(deepspeed: Any, model: nn.Module, optimizer: torch.optim.Optimize
         "zero_optimization": {
             "stage": run.deepspeed.zero_stage,
             "overlap_comm": run.parallel.overlap_grad_reduce,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
+            "reduce_bucket_size": min(BUCKET, elements),
         },
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=DataParallelGroups, dist_init_required=False)
@@ -92,7 +91,7 @@ def start_zero(deepspeed: Any, model: nn.Module, optimizer: torch.optim.Optimize
     return engine
 
 
-def zero_states(zero: Any, adam: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, AdamState]:
+def zero_states(adam: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, AdamState]:
     """Adam's state of the parts of named parameters that this rank updates, as views into its flat partitions."""
     states = {}
     for name, parameter in parameters.items():

@@ -96,6 +96,8 @@ class Estimate:
 def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = True) -> Estimate:
     """Estimate a run on `world_size` processes.
 
+    engine: deepspeed is estimated as Megatron's distributed optimizer, which divides the same state.
+
     Args:
         run: the run.
         world_size: by default WORLD_SIZE of the environment (torchrun), or else a single replica of the model.
@@ -104,10 +106,13 @@ def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = 
     Raises:
         UserError: a layout that cannot be (see parallel.layout).
     """
-    parallel = run.parallel
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", parallel.tensor_parallel * parallel.pipeline_parallel))
+        world_size = int(os.environ.get("WORLD_SIZE", run.parallel.tensor_parallel * run.parallel.pipeline_parallel))
     check_layout(run, world_size)
+    asked = run
+    if run.engine == "deepspeed":
+        run = dataclasses.replace(run, engine="megatron", parallel=dataclasses.replace(run.parallel, distributed_optimizer=True))
+    parallel = run.parallel
     replicas, tokens = data_parallel_size(run, world_size), run.train.global_batch_size * run.model.seq_length
     stages, flops, profiles = [], Counter[str](), dict[tuple[bool, bool], ChunkProfile]()
     for stage in range(parallel.pipeline_parallel):
@@ -117,7 +122,7 @@ def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = 
             for part, count in flop_parts(run, chunks, tokens // replicas).items():
                 flops[part] += count * parallel.tensor_parallel * replicas
     dense = 6 * tokens * dense_weights(run) + flops["attention"] + flops["lm_head"]
-    return Estimate(run, world_size, replicas, micro_batches(run, world_size), count_parameters(run), stages, dict(flops), dense)
+    return Estimate(asked, world_size, replicas, micro_batches(run, world_size), count_parameters(run), stages, dict(flops), dense)
 
 
 def communication(run: RunConfig, world_size: int) -> list[Traffic]:

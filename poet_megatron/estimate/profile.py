@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -106,14 +107,16 @@ def _forward_and_backward(
     chunk: MegatronModule, wrapped: DistributedDataParallel, batch: dict[str, Tensor], hidden: tuple[int, int, int], meter: MemoryMeter
 ) -> int:
     """One micro-batch as the pipeline schedules run it; returns the bytes that are kept between the two passes."""
-    before = meter.live
+    before, dtype = meter.live, chunk.config.params_dtype
     if not chunk.pre_process:
-        chunk.set_input_tensor(torch.empty(hidden, dtype=chunk.config.params_dtype, requires_grad=True))  # as received
+        chunk.set_input_tensor(torch.empty(hidden, dtype=dtype, requires_grad=True))  # as received
     output, loss_of = forward_step(iter([batch]), wrapped)
     if chunk.post_process:
         output = loss_of(output)[0]
+    else:
+        deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)  # as after sending it
     held = meter.live - before
-    output.backward(None if chunk.post_process else torch.empty_like(output))
+    custom_backward(output, None if chunk.post_process else torch.empty(hidden, dtype=dtype))
     if not chunk.pre_process:
         chunk.set_input_tensor(None)
     return held

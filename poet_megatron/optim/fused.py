@@ -1,15 +1,16 @@
 """Which AdamW, gradient norm and weight-gradient accumulation a run uses: fused CUDA kernels where they are, torch elsewhere.
 
-megatron-core 0.16.1 chooses while it is imported, by what can be imported. Of what Transformer Engine or Apex offer, a run of ours can meet:
+megatron-core 0.16.1 chooses while it is imported, by what can be imported. Of what Transformer Engine or Apex offer, our runs can meet:
 
 - FusedAdam (megatron.core.optimizer): Transformer Engine's, else Apex's, else torch's AdamW. Apex's Python part alone is enough to be
   chosen, and then fails when the optimizer is built; so does either one on a CPU.
-- multi-tensor norm and scaling for clipping (optimizer.clip_grads) and for copying masters (optimizer.optimizer): Transformer Engine's, else
-  Apex's if its extension amp_C is there, else a loop over tensors.
-- wgrad_gemm_accum_fp32, which adds the weight gradients of linear layers to their fp32 buffer inside the product: Apex's extension
-  fused_weight_gradient_mlp_cuda, if the TransformerConfig asks for it. Nothing falls back here: Megatron's layers raise.
+- multi-tensor norm and scaling, for clipping (optimizer.clip_grads) and for copies of masters (optimizer.optimizer): Transformer Engine's,
+  else Apex's if its extension amp_C is there, else a loop over tensors.
+- wgrad_gemm_accum_fp32, which adds the weight gradient of a linear layer to its fp32 buffer inside the product: Apex's extension
+  fused_weight_gradient_mlp_cuda, where the TransformerConfig asks for it. Nothing falls back here: Megatron's layers raise.
 
-Its fused layer norms are not for RMSNorm. We look for the extensions, never for the package `apex`, which may be Python only, or another project.
+Apex's fused layer norms are not for RMSNorm, which is our own. We look for extensions, never for the package `apex`, which may be Python
+only, or another project altogether.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FusedKernels:
 
     Attributes:
         source: "transformer_engine" or "apex", whose FusedAdam and multi-tensor kernels are used; "torch" for neither.
-        weight_gradient: whether weight gradients can be accumulated in fp32 inside the product.
+        weight_gradient: whether weight gradients are added to their fp32 buffer inside the product (gradient_accumulation_fusion).
         reason: why `source` is torch.
     """
 
@@ -44,29 +45,22 @@ class FusedKernels:
 
     def describe(self) -> str:
         """The choice as one line for the start of a run."""
-        if self.source == "torch":
-            text = f"torch AdamW ({self.reason})"
-        else:
-            text = f"{NAMES[self.source]}'s FusedAdam and multi-tensor kernels"
-        return f"optimizer: {text}{', fused weight gradients' if self.weight_gradient else ''}"
+        adam = f"torch AdamW ({self.reason})" if self.source == "torch" else f"{NAMES[self.source]}'s FusedAdam and multi-tensor kernels"
+        return f"optimizer: {adam}{', fused weight gradients' if self.weight_gradient else ''}"
 
 
-def fused_kernels(device_type: str) -> FusedKernels:
-    """What a run on `device_type` uses."""
+def fused_kernels(device_type: str, engine: str = "megatron") -> FusedKernels:
+    """What a run of an engine on `device_type` uses."""
     if device_type != "cuda":
         return FusedKernels("torch", False, "the fused kernels are for GPUs")
-    weight_gradient = _installed("fused_weight_gradient_mlp_cuda")
+    # Only Megatron's engine has the gradient buffers that a product could add to.
+    weight_gradient = engine == "megatron" and _installed("fused_weight_gradient_mlp_cuda")
     source = mcore_optimizer.Adam.__module__.partition(".")[0]
     if source == "transformer_engine":  # it imports its kernels with the class
         return FusedKernels(source, weight_gradient)
     if source == "apex" and _installed("amp_C"):
         return FusedKernels(source, weight_gradient)
     return FusedKernels("torch", weight_gradient, f"Apex's kernels are not installed: {DOCUMENTATION}")
-
-
-def fuse_weight_gradients(engine: str, device_type: str) -> bool:
-    """Whether TransformerConfig.gradient_accumulation_fusion may be set: only Megatron's engine has the buffers to add to."""
-    return engine == "megatron" and fused_kernels(device_type).weight_gradient
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from poet_megatron.layers.config import PoetConfig
 from poet_megatron.layers.matrix import RotatedMatrix
 from poet_megatron.layers.rotation import Rotation
+from poet_megatron.optim.build import SKEW_SUFFIX
 from poet_megatron.optim.state import AdamState
 from poet_megatron.parallel.deal import deal
 
@@ -64,7 +65,7 @@ def merge_model(chunks: Sequence[nn.Module], states: Mapping[str, AdamState], co
     for work in pending:
         work.wait()
     for name, state in states.items():
-        if name.endswith(".skew"):
+        if name.endswith(SKEW_SUFFIX):
             state.param.data.zero_()
             if config.merge_reset_moments:
                 state.reset_moments()

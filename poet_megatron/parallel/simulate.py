@@ -47,15 +47,17 @@ def _fused_rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, 
     return _FusedRMSNorm.apply(x, weight)
 
 
-class _NoData(TorchFunctionMode):
-    """Sends device="cuda" to the meta device; tensors made from Python numbers keep their values."""
+class _KeepNumbers(TorchFunctionMode):
+    """Tensors made from Python numbers keep their values: they are made on the CPU unless a device is named."""
+
+    def __init__(self, from_numbers: Callable) -> None:
+        super().__init__()
+        self._from_numbers = from_numbers
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Intercept one torch call."""
         kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": META}
-        if func is torch.tensor and kwargs.get("device") is None:
+        if func is self._from_numbers and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
 
@@ -88,6 +90,7 @@ def simulated_world(config: ParallelConfig, world_size: int, rank: int, fused_no
     """
     if dist.is_initialized():
         raise RuntimeError("a world cannot be simulated in a process that is part of one")
+    from_numbers = torch.tensor
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
@@ -108,7 +111,7 @@ def simulated_world(config: ParallelConfig, world_size: int, rank: int, fused_no
         )
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
-        for mode in (_NoMessages(), META, _NoData()):
+        for mode in (_NoMessages(), META, _KeepNumbers(from_numbers)):
             stack.enter_context(mode)
         data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         yield ParallelContext(rank, world_size, data_rank, data_size, META)

@@ -1,7 +1,8 @@
-"""Cases of test_distributed_merge.py; run by torchrun on 4 ranks, which take one layout after the other."""
+"""Cases of test_distributed_merge.py; as a script, runs them on 4 ranks, which take one layout after the other."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import merge_checks
-import torch
 import torch.distributed as dist
 from merge_checks import RANKS
 
+from benchmarks.worlds import run_world
 from poet_megatron.config.load import load_config
 from poet_megatron.config.run import RunConfig
 from poet_megatron.engine.build import build_engine
 from poet_megatron.parallel.config import ParallelConfig
 from poet_megatron.parallel.context import parallel_context
 
+TIMEOUT = 600.0
 SETTINGS = {
     "model.num_layers": 1,
     "model.hidden_size": 64,
@@ -113,8 +115,8 @@ def run_case(case: Case, context: Any, alone: dist.ProcessGroup) -> dict:
     return {"error": "\n".join(itertools.chain(*failed)), **(figures or {})}
 
 
-def main(output: Path) -> None:
-    torch.set_num_threads(1)
+def run_cases(output: Path) -> None:
+    """Run every case on this rank; rank 0 writes the results."""
     results = {}
     for layout, cases in itertools.groupby(CASES.values(), key=lambda case: case.layout):
         with parallel_context(ParallelConfig(timeout_minutes=1, **layout), seed=1) as context:
@@ -125,4 +127,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_world(RANKS, functools.partial(run_cases, Path(sys.argv[1])), TIMEOUT)

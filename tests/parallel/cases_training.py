@@ -47,7 +47,8 @@ def named(layout: str) -> Layout:
 
 def built_cases() -> dict[str, tuple[Case, str]]:
     """Build the model, train nothing."""
-    return {f"built|{layout.name}|{method}": (Case(layout, method), "built") for layout in BUILT for method in METHODS}
+    settings = {"poet.compute": "input"}  # auto depends on the layout
+    return {f"built|{layout.name}|{method}": (Case(layout, method, settings), "built") for layout in BUILT for method in METHODS}
 
 
 def recompute_cases() -> dict[str, tuple[Case, str]]:

@@ -15,7 +15,8 @@ from conftest import TINY
 
 from poet_megatron.train.run import pretrain
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
+MISSING = importlib.util.find_spec("deepspeed") is None
+pytestmark = pytest.mark.skipif(MISSING, reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 ROOT = Path(__file__).parents[2]
 CHECK_NAMES = [f"{check}-{name}" for name, place in PLACES.items() for check in place.checks]
 
@@ -42,10 +43,10 @@ class Outcome:
     def _launch(self) -> subprocess.Popen:
         (self.folder / "cwd").mkdir()
         (self.folder / "settings.json").write_text(json.dumps(self.settings))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "--no-python", sys.executable]
         paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
-        command = [*launch, "-c", "import cases_deepspeed; cases_deepspeed.main()", str(self.folder)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "--no-python"]
+        command = [*launch, sys.executable, "-c", "import cases_deepspeed; cases_deepspeed.main()", str(self.folder)]
         with (self.folder / "output.txt").open("w") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=self.folder / "cwd")
 

@@ -148,3 +148,22 @@ def rotated_weights() -> int:
 def rotated_skews() -> int:
     sides = [HIDDEN, HIDDEN, HIDDEN, KEYS, HIDDEN, KEYS, HIDDEN, HIDDEN, HIDDEN, FFN, HIDDEN, FFN, FFN, HIDDEN]
     return LAYERS * sum(map(packed, sides))
+
+
+# -- real widths --
+
+
+@pytest.mark.slow
+def test_eight_ranks_split_a_layer_of_the_1b3_recipe(tmp_path: Path, capsys):
+    """2048 x 5376, blocks of 256, eight shard groups: forward, backward, update, merge, and a step after it, as on one rank."""
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("cases_wide.py")), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
+    assert output.exists(), done.stderr[-3000:]
+    found = json.loads(output.read_text())
+    with capsys.disabled():
+        for name, result in found.items():
+            print(f"\n{name}: {result['seconds']:.1f} s, {result['peak_bytes'] / 2**30:.2f} GiB on rank 0, losses {result['losses']}")
+    assert found["TP8"]["losses"] == pytest.approx(found["TP1"]["losses"], rel=1e-5)
+    assert found["TP8"]["grad_norms"] == pytest.approx(found["TP1"]["grad_norms"], rel=NORM_BOUND)

@@ -51,7 +51,6 @@ def test_initial_weights_are_the_same_bits_in_every_layout(layout: str, method: 
     found, expected = case(f"built|{layout}|{method}")["hashes"], case("built|1 rank|adamw")["hashes"]
     assert set(found) == set(INITS)
     assert len({hashes["layers.0.q"] for hashes in found.values()}) == len(INITS)
-    assert len(set(found["normalized"].values())) == len(found["normalized"]) - len([n for n in expected["normalized"] if "norm" in n]) + 1
     assert found == expected
 
 

@@ -88,13 +88,14 @@ def _sum_and_peak(record: profile) -> tuple[int, int]:
     "changes",
     [
         {},
-        {"train.precision": "fp32"},
-        {"poet.compute": "weight"},
         {"method": "adamw"},
-        {"model.num_query_groups": 2, "train.precision": "fp32"},
-        {"poet.variant": "fs", "poet.block_size": 0.5},
-        {"parallel.recompute": "full"},
+        {"model.num_query_groups": 2, "method": "adamw", "train.precision": "fp32"},
+        {"parallel.recompute": "full", "method": "adamw"},
         {"parallel.recompute": "selective", "method": "adamw"},
+        pytest.param({"train.precision": "fp32"}, marks=pytest.mark.slow),
+        pytest.param({"poet.compute": "weight"}, marks=pytest.mark.slow),
+        pytest.param({"poet.variant": "fs", "poet.block_size": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"parallel.recompute": "full"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -109,17 +110,21 @@ def test_activations_and_peak_are_those_of_the_allocator(changes: dict):
     assert abs(peak - found.activations - found.workspace) <= 0.01 * peak + states
 
 
-@pytest.mark.parametrize("changes", [{}, {"poet.compute": "weight"}, {"method": "adamw"}, {"parallel.recompute": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "adamw"}, *(pytest.param(c, marks=pytest.mark.slow) for c in ({"poet.compute": "weight"}, {"parallel.recompute": "full"}))],
+    ids=str,
+)
 def test_layers_beyond_the_second_are_like_the_second(changes: dict):
-    """The profile of 5 layers, extrapolated from 1 and 2, is that of running all 5."""
-    run = make({**changes, "model.num_layers": 5, "parallel.tensor_parallel": 2, "parallel.sequence_parallel": "true"})
+    """The profile of 4 layers, extrapolated from 1 and 2, is that of running all 4."""
+    run = make({**changes, "model.num_layers": 4, "parallel.tensor_parallel": 2, "parallel.sequence_parallel": "true"})
     with simulated_world(run.parallel, 2, 0):
-        assert profiling.profile_chunk(run, 0, 5) == profiling._measure(run, 0)
+        assert profiling.profile_chunk(run, 0, 4) == profiling._measure(run, 0)
 
 
 def test_fused_norms_keep_less():
     """The input, which is there anyway, and one fp32 number per row, instead of two fp32 copies, of every norm."""
-    run = make()
+    run = make({"method": "adamw"})
     kept = []
     for fused in (False, True):
         with simulated_world(run.parallel, 1, 0, fused_norms=fused):
@@ -170,27 +175,29 @@ def test_masters_are_dealt_to_replicas_in_whole_matrices():
         shares[owner] += 4 * size
     assert estimated(ranks=3, train__global_batch_size=24)["fp32 master of W0"] == max(shares) < 4 * sum(sizes)
     assert estimated(train__precision="fp32")["fp32 master of W0"] == 0
-    assert estimated(poet__master_weights="false")["fp32 master of W0"] == 0
 
 
 def test_the_distributed_optimizer_divides_its_state_only():
-    whole, sharded = estimated(ranks=4), estimated(ranks=4, parallel__distributed_optimizer="true")
+    dense = {"ranks": 4, "method": "adamw"}
+    whole, sharded = estimated(**dense), estimated(**dense, parallel__distributed_optimizer="true")
     assert sharded["optimizer"] == pytest.approx(whole["optimizer"] / 4, rel=0.02)
-    for part in ("frozen W0", "fp32 master of W0", "factors", "activations"):
+    for part in ("factors", "activations"):
         assert sharded[part] == whole[part]
-    assert sharded["gradients"] == pytest.approx(whole["gradients"], rel=0.01) and sharded["gradients"] >= whole["gradients"]
+    assert whole["gradients"] <= sharded["gradients"] <= 1.02 * whole["gradients"]  # padded to equal shards
 
 
 def test_tensor_and_sequence_parallelism_divide_activations():
-    one = estimated(ranks=4)
-    tensor = estimated(ranks=4, parallel__tensor_parallel=4)
-    sequence = estimated(ranks=4, parallel__tensor_parallel=4, parallel__sequence_parallel="true")
-    assert tensor["frozen W0"] == one["frozen W0"] / 4
+    dense = {"ranks": 4, "method": "adamw"}
+    one, tensor = estimated(**dense), estimated(**dense, parallel__tensor_parallel=4)
+    sequence = estimated(**dense, parallel__tensor_parallel=4, parallel__sequence_parallel="true")
+    assert tensor["trainable weights"] == pytest.approx(one["trainable weights"] / 4, rel=0.01)
     assert one["activations"] / 4 < sequence["activations"] < tensor["activations"] < one["activations"]
 
 
 def test_recomputation_trades_activations_for_workspace():
-    none, selective, full = (estimated(model__num_layers=4, parallel__recompute=mode) for mode in ("none", "selective", "full"))
+    none, selective, full = (
+        estimated(model__num_layers=4, parallel__recompute=mode, method="adamw") for mode in ("none", "selective", "full")
+    )
     assert full["activations"] < selective["activations"] < none["activations"]
     assert full["workspace"] > none["workspace"]
     assert full["activations"] + full["workspace"] < none["activations"] + none["workspace"]
@@ -207,11 +214,12 @@ def test_whole_model_counts_do_not_depend_on_the_layout():
     assert groups == plain  # shard groups are as many as tensor-parallel ranks unless they are set
 
 
-def test_stages_add_up_to_the_model():
-    run = make({"model.num_layers": 8, "parallel.pipeline_parallel": 2, "parallel.virtual_stages": 2})
+@pytest.mark.parametrize("method", ["adamw", pytest.param("poet", marks=pytest.mark.slow)])
+def test_stages_add_up_to_the_model(method: str):
+    run = make({"method": method, "model.num_layers": 8, "parallel.pipeline_parallel": 2, "parallel.virtual_stages": 2})
     found = estimate(run, 2)
     assert [stage.layers for stage in found.stages] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    whole = estimated(model__num_layers=8)
+    whole = estimated(model__num_layers=8, method=method)
     for part in ("frozen W0", "fp32 master of W0", "trainable weights", "gradients", "optimizer"):
         assert sum(stage.memory_bytes[part] for stage in found.stages) == whole[part]
 

@@ -27,6 +27,21 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+def test_the_sum_of_splitmix64(dtype: torch.dtype):
+    """By hand, in Python's integers: splitmix64's finalizer (a bijection) of word + position x odd number, modulo 2^64."""
+    words = torch.tensor([0, 1, -1, -(1 << 63), 1 << 62, 12345]).to(dtype)
+    expected = sum(splitmix64(int(word) + position * 0x9E3779B97F4A7C15) for position, word in enumerate(words, start=1))
+    assert (int(fingerprint(words)) - expected) % (1 << 64) == 0
+
+
+def splitmix64(number: int) -> int:
+    number %= 1 << 64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % (1 << 64)
+    return number ^ (number >> 31)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_single_bit_counts(dtype: torch.dtype):
     tensor = values(dtype)
