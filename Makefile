@@ -18,7 +18,7 @@ setup: $(INSTALLED)  ## make .venv and install the pinned CPU set
 
 $(INSTALLED): pyproject.toml setup.py constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints/cpu.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints/cpu.txt -e '.[dev,deepspeed]'
 	@touch $@
 
 demo: $(INSTALLED)  ## text to tokenizer to a trained, evaluated and exported Llama, in minutes on two cores

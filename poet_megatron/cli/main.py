@@ -25,6 +25,7 @@ QUIETED = (
     "full scope is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor",
+    r"`torch\.distributed\.\w+` is deprecated",
 )
 COMMANDS = {
     "prepare": "tokenize and pack text into the .bin/.idx files that training reads",

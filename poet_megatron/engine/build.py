@@ -11,6 +11,7 @@ from poet_megatron.engine.base import Engine
 from poet_megatron.engine.megatron import MegatronEngine
 from poet_megatron.model.build import build_chunks, transformer_config
 from poet_megatron.model.init import initialize
+from poet_megatron.optim.fused import fused_kernels
 from poet_megatron.optim.merge import keep_masters
 from poet_megatron.parallel.context import ParallelContext
 from poet_megatron.parallel.layout import check_layout
@@ -26,6 +27,7 @@ def build_engine(run: RunConfig, context: ParallelContext) -> Engine:
     """
     check_layout(run, context.world_size)
     config = transformer_config(run)
+    config.gradient_accumulation_fusion = fused_kernels(context.device.type, run.engine).weight_gradient
     chunks = build_chunks(run, config)
     if run.method == "poet" and run.train.precision == "bf16":
         if run.poet.master_weights:

@@ -18,7 +18,7 @@ from typing import Any
 
 from poet_megatron.errors import UserError
 
-PACKAGES = ("poet-megatron", "torch", "megatron-core", "transformers", "numpy", "sentencepiece")
+PACKAGES = ("poet-megatron", "torch", "megatron-core", "transformers", "numpy", "sentencepiece", "deepspeed")
 GIT_TIMEOUT_SECONDS = 10
 _log = logging.getLogger(__name__)
 

@@ -70,6 +70,8 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
         raise UserError(
             f"{world_size} processes cannot be split into groups of tensor x pipeline parallel = {model_size}: launch a multiple of it"
         )
+    if config.tensor_parallel > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in the order of their launch, so that collectives overlap
     device = _device()
     _init_distributed(device, timedelta(minutes=config.timeout_minutes))
     try:

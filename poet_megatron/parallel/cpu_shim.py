@@ -12,7 +12,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import megatron.core.optimizer.clip_grads as clip_grads
+import megatron.core.optimizer.optimizer as mcore_optimizer
 import megatron.core.tensor_parallel.random as mcore_random
+import megatron.core.utils as mcore_utils
 import torch
 from torch import Tensor
 
@@ -63,8 +66,17 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (mcore_random, "_lazy_call", lambda call: call()),
         (Tensor, "cuda", lambda self, *_, **__: self),
         (Tensor, "type", type_name),
+        *_loops_for_multi_tensor_kernels(),
         *((torch, name, _on_current_device(getattr(torch, name))) for name in FACTORIES),
     ]
+
+
+def _loops_for_multi_tensor_kernels() -> list[tuple[Any, str, Any]]:
+    """Megatron's loops over tensors in place of the CUDA kernels of Apex or TransformerEngine, which may be installed without a GPU."""
+    users = (clip_grads, mcore_optimizer)
+    applier = [(user, "multi_tensor_applier", mcore_utils.local_multi_tensor_applier) for user in users]
+    scale = [(user, "multi_tensor_scale_impl", mcore_utils.local_multi_tensor_scale) for user in users]
+    return [*applier, *scale, (clip_grads, "l2_norm_impl", mcore_utils.local_multi_tensor_l2_norm)]
 
 
 def _on_current_device(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -28,6 +28,7 @@ from poet_megatron.errors import UserError
 from poet_megatron.model.count import count_parameters
 from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
 from poet_megatron.monitor.run_dir import RunDirectory
+from poet_megatron.optim.fused import fused_kernels
 from poet_megatron.parallel.context import ParallelContext, launched_ranks, parallel_context
 from poet_megatron.parallel.layout import check_layout
 from poet_megatron.train.evaluate import evaluate
@@ -171,6 +172,7 @@ def _announce(run: RunConfig, engine: Engine, reporter: Reporter, state: TrainSt
         f"{run.method}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {engine.context.world_size} rank(s) on "
         f"{engine.context.device.type}, {run.train.precision}; {batch:,} tokens per step, {run.train.steps} steps, in {directory.path}"
     )
+    reporter.note(fused_kernels(engine.context.device.type, run.engine).describe())
     if state.step:
         reporter.note(f"continuing from step {state.step} of {run.train.steps}")
 

@@ -275,4 +275,4 @@ def test_every_field_is_described():
     flat = {
         f"{section}.{name}" for section, values in dataclasses.asdict(RunConfig()).items() if isinstance(values, dict) for name in values
     }
-    assert set(described) == flat | {"version", "method"}
+    assert set(described) == flat | {"version", "method", "engine"}
