@@ -67,8 +67,8 @@ class Rotation(nn.Module):
             return
         key = StreamKey(self.key.seed, self.key.purpose, self.key.layer, self.key.matrix, self.key.side, 0, merge_index)
         perm = torch.from_numpy(self.layout.permutation(key, self.first_group))
-        self.perm.copy_(perm)
-        self.inverse.copy_(torch.argsort(perm))
+        for buffer, values in ((self.perm, perm), (self.inverse, torch.argsort(perm))):
+            buffer.copy_(values.pin_memory() if buffer.is_cuda else values, non_blocking=True)
 
     def skew_blocks(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Q of every run [count, size, size], in at least fp32 (no gradient)."""

@@ -99,7 +99,7 @@ def _cayley_increment(q: Tensor) -> Tensor:
     square = q @ q
     definite = -square
     definite.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    factor = torch.linalg.cholesky(definite)
+    factor, _ = torch.linalg.cholesky_ex(definite)  # I + Q^T Q is positive definite; checking that would wait for the GPU
     return torch.cholesky_solve(2.0 * (q + square), factor)
 
 

@@ -76,15 +76,23 @@ def pretrain(run: RunConfig) -> int:
 
 
 def _resolved(run: RunConfig) -> RunConfig:
-    """Settings as checkpoints keep them: absolute paths, for commands started in another folder, and the number of shard groups."""
+    """Settings as checkpoints keep them: absolute paths, for commands started in another folder."""
     data = {name: str(Path(value).resolve()) for name in ("path", "cache") if (value := getattr(run.data, name))}
-    groups = run.poet.shard_groups or run.parallel.tensor_parallel
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data), poet=dataclasses.replace(run.poet, shard_groups=groups))
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+
+
+def _with_shard_groups(run: RunConfig, store: CheckpointStore, resume_step: int | None) -> RunConfig:
+    """Settings with a number of shard groups: the checkpoint's where none is given, the tensor-parallel size of a new run."""
+    if run.poet.shard_groups:
+        return run
+    saved = 0 if resume_step is None else load_config(store.path(resume_step) / CONFIG_NAME).poet.shard_groups
+    return dataclasses.replace(run, poet=dataclasses.replace(run.poet, shard_groups=saved or run.parallel.tensor_parallel))
 
 
 def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData) -> int:
     store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
     resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
+    run = _with_shard_groups(run, store, resume_step)
     common = _checked_common(store, resume_step, run)
     engine = build_engine(run, context)
     data = _train_batches(run, context, prepared)

@@ -17,7 +17,9 @@ from cases_estimate import CASES, QUICK, RANKS, run_of
 from poet_megatron.estimate.estimate import Estimate, estimate
 from poet_megatron.estimate.memory import PARTS
 from poet_megatron.estimate.profile import hidden_shape
+from poet_megatron.estimate.schedule import peak_in_flight
 from poet_megatron.estimate.traffic import MERGE
+from poet_megatron.parallel.layout import micro_batches
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = ("send", "recv")
@@ -97,7 +99,8 @@ def sum_trainable(shapes: list, method: str) -> int:
 def test_activations(name: str):
     """The peak of what autograd keeps, over all micro-batches in flight, within 0.1 %.
 
-    Pipeline schedules hold an input for longer than autograd needs it: one message more. Recomputed layers are workspace in the estimate.
+    Pipeline schedules hold the inputs they received, which autograd keeps too, or only a cast of them; and the last one for a little longer
+    than the estimate says. Recomputed layers are workspace in the estimate.
     """
     run, parallel = run_of(name), run_of(name).parallel
     length, micro, hidden = hidden_shape(run)
@@ -105,9 +108,10 @@ def test_activations(name: str):
     for stage in estimated(name).stages:
         memory = stage.memory_bytes
         below = message if parallel.pipeline_parallel > 1 else 0
+        inputs = peak_in_flight(stage.stage, parallel.pipeline_parallel, micro_batches(run, RANKS), [below] * parallel.virtual_stages)
         recomputed = memory["workspace"] if parallel.recompute == "full" else 0
         for peak in {rank["memory"]["activations"] for rank in ranks_of(name) if rank["stage"] == stage.stage}:
-            assert -0.001 * peak - below - recomputed <= memory["activations"] - peak <= 0.001 * peak
+            assert -0.001 * peak - below - recomputed <= memory["activations"] - peak <= 0.001 * peak + inputs
 
 
 def test_every_part_is_described():
