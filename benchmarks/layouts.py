@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,27 @@ def _to_stderr(work: functools.partial) -> None:
 
 
 def run_cases(cases: list[tuple[str, Case, int]], data: Path, output: Path) -> None:
-    """Train cases on this rank; rank 0 appends one JSON line for each to `output`."""
+    """Train cases on this rank. Rank 0 appends one JSON line for each to `output`, any rank one for a case that fails."""
     for key, case, steps in cases:
         started = time.monotonic()
-        result = train(case.run(data), steps).to_dict()
+        try:
+            result = train(case.run(data), steps).to_dict()
+        except Exception:
+            _append(output, {"key": key, "error": f"rank {os.environ['RANK']}: {traceback.format_exc()}"})
+            continue
         if os.environ["RANK"] == "0":
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "seconds": round(time.monotonic() - started, 1), **result}) + "\n")
-            print(f"{key}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+            seconds = round(time.monotonic() - started, 1)
+            _append(output, {"key": key, "seconds": seconds, **result})
+            print(f"{key}: {seconds} s", file=sys.stderr, flush=True)
+
+
+def _append(output: Path, entry: dict[str, Any]) -> None:
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def run_worlds(cases: list[tuple[str, Case, int]], work: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Train every case, those with the same number of ranks in one world; {key: result}, and what went wrong."""
+    """Train every case, those with the same number of ranks in one world; {key: result} of those that went well, and what went wrong."""
     data, output, problems = prepare_data(work), work / "results.jsonl", []
     for ranks in sorted({case.layout.ranks for _, case, _ in cases}):
         same = [entry for entry in cases if entry[1].layout.ranks == ranks]
@@ -105,9 +115,10 @@ def run_worlds(cases: list[tuple[str, Case, int]], work: Path) -> tuple[dict[str
             run_world(ranks, functools.partial(run_cases, same, data, output), WORLD_TIMEOUT)
         except WorldFailed as error:
             problems.append(str(error))
-    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    results = {result.pop("key"): result for result in map(json.loads, lines)}
-    return results, problems
+    entries = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.exists() else []
+    failed = {entry["key"]: entry["error"] for entry in entries if "error" in entry}
+    problems += [f"{key}: {error}" for key, error in failed.items()]
+    return {entry["key"]: entry for entry in entries if entry["key"] not in failed}, problems
 
 
 def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from poet_megatron.checkpoint.rng import rng_state, set_rng_state
 from poet_megatron.checkpoint.safety import check_metadata
 from poet_megatron.checkpoint.sharded import adam_steps, load_tensors, set_adam_steps, sharded_state
-from poet_megatron.checkpoint.store import CheckpointStore
+from poet_megatron.checkpoint.store import CheckpointStore, Checksums
+from poet_megatron.checkpoint.writer import save_strategy
 from poet_megatron.config.dump import to_yaml
 from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
@@ -24,7 +25,6 @@ from poet_megatron.optim.merge import set_merge_index
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.yaml"
-logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, data: dict[str, Any]) -> Path:
@@ -42,15 +42,22 @@ def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, d
     dist.barrier()
     staging = store.staging(state.step)
     common = {**_common(engine, state), "data": data}
-    dist_checkpointing.save({**sharded_state(engine), "common": common}, str(staging))
+    dist_checkpointing.save({**sharded_state(engine), "common": common}, str(staging), save_strategy())
     torch.save(rng_state(), staging / f"rng-{rank}.pt")
     if engine.context.is_main:
         (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
-    dist.barrier()
+    checksums = _gather(store.checksums(state.step, rank))  # also waits for every rank
     if engine.context.is_main:
-        store.commit(state.step)
+        store.commit(state.step, checksums)
     dist.barrier()
     return store.path(state.step)
+
+
+def _gather(mine: Checksums) -> Checksums:
+    """Checksums of the files of all ranks; a rank on another machine may not see them all yet."""
+    gathered: list[Checksums] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    return {name: entry for checksums in gathered for name, entry in checksums.items()}
 
 
 def choose_checkpoint(store: CheckpointStore, resume: str, is_main: bool, step: int | None = None) -> int | None:
@@ -115,29 +122,25 @@ def read_common(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, engine: Engine, common: dict[str, Any]) -> TrainState:
     """Restore the whole state of a run from a complete checkpoint.
 
-    The permutations of the checkpoint's merge index are drawn first; then the canonical weights are stored in their order.
+    The permutations of the checkpoint's merge index are drawn first; then the canonical weights are stored in their order. Random-number
+    state belongs to a rank of a layout: in another layout ranks keep the state that the seed gave them (see checkpoint.rng).
 
     Args:
-        path: a checkpoint directory.
+        path: a checkpoint directory, written in any layout.
         engine: built from the same model and method.
         common: `read_common(path)`.
+
+    Raises:
+        CheckpointingException: the model and the checkpoint do not have the same tensors.
     """
     set_merge_index(engine.chunks, common["state"]["merge_index"])
-    load_tensors(engine, dist_checkpointing.load(sharded_state(engine, loading=True), str(path)))
+    load_tensors(engine, dist_checkpointing.load(sharded_state(engine, loading=True), str(path), strict=StrictHandling.RAISE_ALL))
     set_adam_steps(engine, common["adam_steps"])
     engine.scheduler.num_steps = common["scheduler_steps"]
     engine.scheduler.step(0)
-    _load_rng(path / f"rng-{engine.context.rank}.pt")
+    if common.get("layout") == _layout(engine):
+        set_rng_state(torch.load(path / f"rng-{engine.context.rank}.pt", weights_only=True))
     return TrainState(**common["state"])
-
-
-def _load_rng(path: Path) -> None:
-    if path.exists():
-        set_rng_state(torch.load(path, weights_only=True))
-    else:
-        logger.warning(
-            "%s is missing: this rank did not exist when the checkpoint was written and starts with fresh random-number state", path
-        )
 
 
 def _common(engine: Engine, state: TrainState) -> dict[str, Any]:
@@ -147,5 +150,14 @@ def _common(engine: Engine, state: TrainState) -> dict[str, Any]:
         "state": asdict(state),
         "adam_steps": adam_steps(engine),
         "scheduler_steps": engine.scheduler.num_steps,
-        "world_size": engine.context.world_size,
+        "layout": _layout(engine),
+    }
+
+
+def _layout(engine: Engine) -> dict[str, int]:
+    parallel = engine.run.parallel
+    return {
+        "ranks": engine.context.world_size,
+        "tensor_parallel": parallel.tensor_parallel,
+        "pipeline_parallel": parallel.pipeline_parallel,
     }

@@ -1,4 +1,9 @@
-"""Random-number state of one rank, in a form that torch.load(weights_only=True) reads."""
+"""Random-number state of one rank, in a form that torch.load(weights_only=True) reads.
+
+Nothing that is trained depends on it: there is no dropout, and weights, permutations and the order of the data are functions of the
+seed. It is kept so that a restart in the same layout is the same process in every respect; another layout has other ranks, and no use
+for it.
+"""
 
 from __future__ import annotations
 

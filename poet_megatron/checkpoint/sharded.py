@@ -1,12 +1,13 @@
 """A run's tensors as megatron-core sharded tensors: canonical weights, skews, base parameters, fp32 masters and moments.
 
 Weights are in feature order and, where there is an fp32 master, in fp32; optimizer state has the shape and the name of the parameter it
-belongs to, so the format says nothing about the engine or the layout that wrote it. Adam's steps, one per parameter group, are plain numbers
-beside the tensors.
+belongs to, so the format says nothing about the engine or the layout that wrote it. Adam's steps, one per parameter group, are plain
+numbers beside the tensors.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -32,8 +33,11 @@ def sharded_state(engine: Engine, loading: bool = False) -> dict[str, Any]:
     models = {f"model{index}": entries for index, entries in enumerate(_model_states(engine))}
     by_tensor = {id(entry.data): entry for entries in models.values() for entry in entries.values()}
     optimizer: dict[str, dict[str, Any]] = {}
+    states, parameters = engine.states(), engine.trainable()
     for name, tensors in whole_states(engine, loading).items():
-        entry = by_tensor[id(engine.trainable()[name])]
+        entry = by_tensor[id(parameters[name])]
+        if engine.state_group is not None:  # of the replicas, the one that has the first element answers for the tensor
+            entry = replace(entry, replica_id=(*entry.replica_id[:-1], int(states[name].start > 0)))
         optimizer[name] = {key: make_sharded_optimizer_tensor(entry, tensor, f"optimizer.{key}") for key, tensor in tensors.items()}
     return {**models, "optimizer": optimizer}
 

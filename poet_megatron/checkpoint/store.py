@@ -13,7 +13,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+Checksums = dict[str, dict[str, int | str]]
 _NAME = re.compile(r"step-(\d{8})$")
+_OF_RANK = re.compile(r"(?:__|rng-)(\d+)[_.]")
 _READ_BYTES = 1 << 22
 
 
@@ -45,14 +47,30 @@ class CheckpointStore:
         staging.mkdir(parents=True)
         return staging
 
-    def commit(self, step: int) -> Path:
-        """Checksum and fsync the staged files, rename them into place, delete old checkpoints; returns the final directory."""
+    def checksums(self, step: int, rank: int | None = None) -> Checksums:
+        """Size and SHA-256 of the staged files of `step` by name.
+
+        Args:
+            step: names the checkpoint.
+            rank: only those that this rank wrote, by their names (rank 0: also those of no rank); all by default.
+        """
+        staging = self.staging(step)
+        files = {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
+        mine = {name: path for name, path in files.items() if rank is None or _writer(name) == rank}
+        return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in mine.items()}
+
+    def commit(self, step: int, checksums: Checksums | None = None) -> Path:
+        """Write the manifest, fsync the staged files, rename them into place, delete old checkpoints; returns the final directory.
+
+        Args:
+            step: names the checkpoint.
+            checksums: of all of its files; computed here by default.
+        """
         staging, final = self.staging(step), self.path(step)
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        (staging / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
-        for path in [*files, staging / MANIFEST, staging]:
-            _fsync(path)
+        files = dict(sorted((self.checksums(step) if checksums is None else checksums).items()))
+        (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
+        for name in [*files, MANIFEST, ""]:
+            _fsync(staging / name)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
@@ -89,6 +107,11 @@ class CheckpointStore:
             if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
                 return f"{name} does not match its checksum"
         return None
+
+
+def _writer(name: str) -> int:
+    match = _OF_RANK.match(name)
+    return int(match[1]) if match else 0
 
 
 def _sha256(path: Path) -> str:

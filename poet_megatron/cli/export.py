@@ -11,7 +11,8 @@ Write a checkpoint of a run as a Hugging Face Llama folder.
 The rotations are merged into the weights (W = R W0 P), so the result is an ordinary dense Llama: nothing about POET is needed
 to load it, and it is as fast as any model of its size. The folder holds the weights (safetensors, without the rows that pad the
 vocabulary), config.json, generation_config.json and the tokenizer. It appears complete or not at all; an earlier export in the
-same place is replaced, anything else is left alone with an error. Exporting only reads the run's checkpoints.
+same place is replaced, anything else is left alone with an error. Exporting only reads the run's checkpoints; it takes one
+process, whatever parallel layout trained the run.
 """
 
 EXAMPLES = """\

@@ -31,6 +31,7 @@ COMMANDS = {
     "prepare": "tokenize and pack text into the .bin/.idx files that training reads",
     "pretrain": "train a model from a recipe (start here: poet-megatron pretrain --help)",
     "evaluate": "validation loss and perplexity of a run",
+    "convert": "turn a run's checkpoint of any parallel layout into a run for one process",
     "export": "write a run's model as a Hugging Face Llama checkpoint",
     "estimate": "parameter counts, shapes and memory per rank of a recipe, without training",
 }

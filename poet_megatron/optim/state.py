@@ -1,8 +1,8 @@
 """Adam's state per model parameter, wherever the engine keeps it: fp32 masters, two moments, and the step.
 
 torch keeps the step per parameter, Apex and TransformerEngine per parameter group; sharded optimizers keep a flat part of some parameters
-and nothing of others; Megatron's own optimizer checkpoint refuses steps that differ between parameters, which they do after a merge. So both
-merges and checkpoints go through this view.
+and nothing of others; Megatron's own optimizer checkpoint refuses steps that differ between parameters, which they do after a merge. So
+both merges and checkpoints go through this view.
 """
 
 from __future__ import annotations

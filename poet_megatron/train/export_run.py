@@ -11,7 +11,7 @@ from poet_megatron.checkpoint.hf_export import export_hf
 from poet_megatron.errors import UserError
 from poet_megatron.model.canonical import canonical_slots
 from poet_megatron.monitor.run_dir import RunDirectory
-from poet_megatron.train.restore import open_run
+from poet_megatron.train.restore import check_one_process, open_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +30,7 @@ def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> 
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    check_one_process("export")
     with open_run(run, step) as (engine, _):
         settings = engine.run
         tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.chunks[0], settings.model))

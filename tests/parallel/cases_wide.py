@@ -1,6 +1,6 @@
 """One layer of the 1.3B recipe with blocks of 256, on one rank or split over eight: two steps with a merge between them.
 
-    python cases_wide.py results.json
+python cases_wide.py results.json
 """
 
 from __future__ import annotations

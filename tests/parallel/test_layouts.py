@@ -134,11 +134,29 @@ def test_under_sequence_parallelism_a_frozen_weight_saves_a_gather(placement: st
 
 
 def test_data_parallel_gradients_are_those_of_trainable_parameters_only():
-    poet, dense = (collectives("DP2", method)["all_reduce over data"] for method in ("poet, inside", "adamw"))
-    assert poet[0] == dense[0]
-    assert (dense[1] - poet[1]) == FP32 * (rotated_weights() - rotated_skews())
-    sharded, replicated = (collectives(name, "poet, inside") for name in ("DP2, distributed optimizer", "DP2"))
-    assert sharded.keys() - replicated.keys() >= {"reduce_scatter over data", "all_gather over data"}
+    """To the byte: besides them replicas only add up the number of tokens (int32), and loss, tokens and faults (three float64)."""
+    scalars, parameters = 4 + 3 * 8, rotated_weights() + other_weights()
+    assert collectives("DP2", "adamw") == {"all_reduce over data": (3, FP32 * parameters + scalars)}
+    assert collectives("DP2", "poet, inside") == {
+        "all_reduce over data": (3, FP32 * (parameters - rotated_weights() + rotated_skews()) + scalars)
+    }
+
+
+def test_the_distributed_optimizer_communicates_trainable_parameters_only():
+    """Reduce-scatter of gradients, all-gather of parameters, with Megatron's padding of a buffer (at most 63 elements per parameter)."""
+    for method, parameters, tensors in (
+        ("adamw", rotated_weights() + other_weights(), 6 * LAYERS + 3),
+        ("poet, inside", rotated_skews() + other_weights(), 16 * LAYERS + 3),
+    ):
+        found = collectives("DP2, distributed optimizer", method)
+        assert found["reduce_scatter over data"] == found["all_gather over data"]
+        calls, size = found["reduce_scatter over data"]
+        assert calls == 1 and 0 <= size - FP32 * parameters <= FP32 * (63 * tensors + 255)
+
+
+def other_weights() -> int:
+    """Embedding, lm_head and norms."""
+    return 2 * HIDDEN * int(MODEL["model.vocab_size"]) + (2 * LAYERS + 1) * HIDDEN
 
 
 def rotated_weights() -> int:

@@ -114,9 +114,10 @@ def launches(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {"folder": folder, **json.loads((folder / "results.json").read_text())}
 
 
-def validation_losses(run_dir: Path) -> dict[int, float]:
+def validation(run_dir: Path) -> dict[str, float]:
+    """Every number of every evaluation, {"<step> <name>": value}."""
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry["eval/loss"] for entry in entries if "eval/loss" in entry}
+    return {f"{entry['step']} {name}": value for entry in entries for name, value in entry.items() if name.startswith("eval/")}
 
 
 def shown_count(output: str) -> str:
@@ -133,8 +134,8 @@ def test_pretrain_in_a_layout(launches, layout: str):
     assert found["stdout"][1] == found["stderr"][1] == found["stderr"][0] == ""
     assert shown_count(found["stdout"][0]) == shown_count(one["stdout"][0])
     assert train_losses(runs / layout) == pytest.approx(train_losses(runs / "one"), rel=1e-5)
-    assert validation_losses(runs / layout) == pytest.approx(validation_losses(runs / "one"), rel=1e-5)
-    assert set(validation_losses(runs / layout)) == {0, 12}
+    assert validation(runs / layout) == pytest.approx(validation(runs / "one"), rel=1e-5)
+    assert {"0 eval/loss", "12 eval/loss", "12 eval/ppl_reference_protocol"} <= set(validation(runs / layout))
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not name.startswith("data")])
@@ -171,7 +172,7 @@ def test_torchrun(launches, tiny_data: Path):
     assert shown_count(done.stdout) == shown_count(launches["one"]["stdout"][0])
     assert len(re.findall(r"^step +\d+/12 \|", done.stdout, re.MULTILINE)) == 12
     assert train_losses(folder / "runs" / "four") == pytest.approx(train_losses(folder / "runs" / "one"), rel=1e-5)
-    assert validation_losses(folder / "runs" / "four") == pytest.approx(validation_losses(folder / "runs" / "one"), rel=1e-5)
+    assert validation(folder / "runs" / "four") == pytest.approx(validation(folder / "runs" / "one"), rel=1e-5)
 
 
 # -- layouts that cannot be --
