@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.manifest import TOKENIZER_NAME
@@ -35,23 +36,33 @@ def convert_run(run: Path, output: Path, step: int | None, report: Callable[[str
         UserError: several processes, an output that exists, no such run, or no intact checkpoint.
     """
     check_one_process("convert")
-    output = output.absolute()
+    store, output = checkpoints(run), output.absolute()
+    with _written_aside(output) as aside:
+        report(f"checking and loading {'the newest checkpoint' if step is None else f'the checkpoint of step {step}'} of {run}")
+        with open_run(run, step) as (engine, state):
+            common = read_common(store.path(state.step))
+            report(f"loaded step {state.step}, which was written by {_described(common.get('layout'))}; writing {output}")
+            _write(RunDirectory(aside), output, engine, state, common["data"], run)
+    return RunDirectory(output)
+
+
+@contextmanager
+def _written_aside(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place at the end; removed if anything goes wrong."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists; choose an --output that does not, or remove it")
-    store = checkpoints(run)
-    report(f"checking and loading {f'the checkpoint of step {step}' if step is not None else 'the newest checkpoint'} of {run}")
-    with open_run(run, step) as (engine, state):
-        common = read_common(store.path(state.step))
-        report(f"loaded step {state.step}, which was written by {_described(common.get('layout'))}; writing {output}")
-        aside = output.parent / f".{output.name}.writing-{os.getpid()}"
-        try:
-            _write(RunDirectory(aside), output, engine, state, common["data"], run)
-            if output.is_dir():
-                output.rmdir()
-            aside.rename(output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return RunDirectory(output)
+    aside = output.parent / f".{output.name}.writing-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
+    try:
+        yield aside
+        if output.is_dir():
+            output.rmdir()
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(aside: RunDirectory, output: Path, engine: Engine, state: TrainState, data: dict, source: Path) -> None:

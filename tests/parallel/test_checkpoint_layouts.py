@@ -222,6 +222,8 @@ def test_convert_leaves_what_is_there_alone(folder: Path, tmp_path: Path):
     run = run_dir(folder, Case("fp32", "1"))
     with pytest.raises(UserError, match="taken exists; choose an --output that does not"):
         convert_run(run, tmp_path / "taken", None, print)
+    with pytest.raises(UserError, match="file/new cannot be written: Not a directory; choose another --output"):
+        convert_run(run, tmp_path / "taken" / "file" / "new", None, print)
     with pytest.raises(UserError, match=r"no checkpoint of step 7 .* it has \[6, 12, 16\]"):
         convert_run(run, tmp_path / "new", 7, print)
     assert not (tmp_path / "new").exists()

@@ -74,6 +74,23 @@ def test_begin_clears_what_an_interrupted_save_left(tmp_path):
     assert not store.staging(7).exists()
 
 
+def test_ranks_share_the_checksums(tmp_path):
+    """Each its own files, by their names, rank 0 the rest; together they are those of one process."""
+    store = CheckpointStore(tmp_path)
+    staging = store.begin(5)
+    for name in ("__0_0.distcp", "__1_0.distcp", "__10_1.distcp", "rng-0.pt", "rng-1.pt", "rng-10.pt", "config.yaml", ".metadata"):
+        (staging / name).write_text(name)
+    shares = [store.checksums(5, rank) for rank in range(11)]
+    assert set(shares[0]) == {"__0_0.distcp", "rng-0.pt", "config.yaml", ".metadata"}
+    assert set(shares[1]) == {"__1_0.distcp", "rng-1.pt"}
+    assert set(shares[10]) == {"__10_1.distcp", "rng-10.pt"}
+    together = {name: entry for share in shares for name, entry in share.items()}
+    assert sum(map(len, shares)) == len(together)
+    assert together == store.checksums(5)
+    store.commit(5, together)
+    assert store.damage(5) is None
+
+
 class Evil:
     def __init__(self, path: Path) -> None:
         self.path = path
