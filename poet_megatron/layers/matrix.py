@@ -19,9 +19,8 @@ from poet_megatron.layers.cost import choose_compute
 from poet_megatron.layers.effective import EffectiveWeight
 from poet_megatron.layers.rotation import Rotation
 from poet_megatron.layers.side import SideLayout
-from poet_megatron.ops.block_product import BlockRun
 from poet_megatron.ops.cayley import EXACT, OrthogonalMap
-from poet_megatron.ops.merge import merge_input, merge_output, permute_weight
+from poet_megatron.ops.merge import merge_into, permute_weight
 from poet_megatron.ops.philox import PERMUTATION, StreamKey
 
 
@@ -184,10 +183,16 @@ class RotatedMatrix(nn.Module):
             exact: merge the exact Cayley map of the same skews (merge_polish = exact).
         """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        stored = self.weight.to(dtype) if self.master is None else self.stored(self.master)
-        increments_in, runs_in = _merge_factor(self.rotation_in, dtype, exact)
-        increments_out, runs_out = _merge_factor(self.rotation_out, dtype, exact)
-        return self.canonical(merge_output(merge_input(stored, increments_in, runs_in), increments_out, runs_out))
+        increments_in = _merge_factor(self.rotation_in, dtype, exact)
+        increments_out = _merge_factor(self.rotation_out, dtype, exact)
+        if self.master is None:
+            merged = torch.empty_like(self.weight, dtype=dtype)
+            merge_into(self.weight, None, None, None, increments_in, increments_out, merged)
+            return self.canonical(merged)
+        merged = torch.empty_like(self.master)
+        rows, columns, inverse = _order(self.rotation_out), _order(self.rotation_in), _order(self.rotation_in, inverse=True)
+        merge_into(self.master, rows, columns, inverse, increments_in, increments_out, merged)
+        return merged
 
     @torch.no_grad()
     def merge(self, exact: bool = False) -> None:
@@ -260,6 +265,6 @@ def _order(rotation: Rotation, inverse: bool = False) -> Tensor | None:
     return rotation.inverse if inverse else rotation.perm
 
 
-def _merge_factor(rotation: Rotation, dtype: torch.dtype, exact: bool) -> tuple[list[Tensor], tuple[BlockRun, ...]]:
+def _merge_factor(rotation: Rotation, dtype: torch.dtype, exact: bool) -> list[Tensor]:
     orthogonal_map = EXACT if exact and rotation.map.kind == "cayley-neumann" else rotation.map  # the other maps are exact
-    return [orthogonal_map.increment(q) for q in rotation.skew_blocks(dtype)], rotation.layout.runs
+    return [orthogonal_map.increment(q) for q in rotation.skew_blocks(dtype)]

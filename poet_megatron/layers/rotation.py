@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from poet_megatron.layers.factor_cache import FactorCache
 from poet_megatron.layers.side import SideLayout
-from poet_megatron.ops.block_product import block_product, block_product_grad
 from poet_megatron.ops.cayley import OrthogonalMap, orthogonality_defect, skew_norm
+from poet_megatron.ops.permuted_product import permuted_block_product, permuted_block_product_grad
 from poet_megatron.ops.philox import StreamKey
 from poet_megatron.ops.skew import skew_pack_grad, skew_unpack
 
@@ -57,8 +57,8 @@ class Rotation(nn.Module):
             self.register_parameter("skew", None)
             return
         self.skew = nn.Parameter(torch.zeros(layout.groups, layout.packed_per_group))
-        self.register_buffer("perm", torch.zeros(layout.width, dtype=torch.long), persistent=False)
-        self.register_buffer("inverse", torch.zeros(layout.width, dtype=torch.long), persistent=False)
+        self.register_buffer("perm", torch.zeros(layout.width, dtype=torch.int32), persistent=False)
+        self.register_buffer("inverse", torch.zeros(layout.width, dtype=torch.int32), persistent=False)
         self.draw(0)
 
     def draw(self, merge_index: int) -> None:
@@ -67,7 +67,7 @@ class Rotation(nn.Module):
             return
         key = StreamKey(self.key.seed, self.key.purpose, self.key.layer, self.key.matrix, self.key.side, 0, merge_index)
         perm = torch.from_numpy(self.layout.permutation(key, self.first_group))
-        for buffer, values in ((self.perm, perm), (self.inverse, torch.argsort(perm))):
+        for buffer, values in ((self.perm, perm.int()), (self.inverse, torch.argsort(perm).int())):
             buffer.copy_(values.pin_memory() if buffer.is_cuda else values, non_blocking=True)
 
     def skew_blocks(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -127,35 +127,29 @@ class Rotation(nn.Module):
 
 
 class _Rotate(torch.autograd.Function):
-    """The permuted block product; saves x only, and gathers by the inverse permutation on the way back (never a scatter-add)."""
+    """The permuted block product; saves x only, and gathers by the inverse permutation on the way back (never a scatter-add).
+
+    Stored order is gathered from feature order by `perm`; feature order from stored order by `inverse`.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, rotation: Rotation, output_side: bool, last: bool) -> Tensor:  # type: ignore[no-untyped-def]
         increments = rotation.increments(x.dtype)
         ctx.save_for_backward(x)
         ctx.rotation, ctx.output_side, ctx.last, ctx.increments = rotation, output_side, last, increments
-        flat = x.reshape(-1, x.shape[-1])
-        if output_side:
-            y = block_product(flat, increments.cast, rotation.layout.runs).index_select(1, rotation.inverse)
-        else:
-            y = block_product(flat.index_select(1, rotation.perm), increments.cast, rotation.layout.runs)
-        return y.view(x.shape)
+        gather, inverse = (None, rotation.inverse) if output_side else (rotation.perm, None)
+        return permuted_block_product(x.reshape(-1, x.shape[-1]), gather, increments.cast, False, inverse).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         rotation: Rotation = ctx.rotation
-        runs = rotation.layout.runs
         flat, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, x.shape[-1])
-        if ctx.output_side:
-            grad = grad.index_select(1, rotation.perm)
-        else:
-            flat = flat.index_select(1, rotation.perm)
-        total = rotation.factor_cache.add(block_product_grad(flat, grad, runs))
+        gather_x, gather_grad, inverse = (None, rotation.perm, None) if ctx.output_side else (rotation.perm, None, rotation.inverse)
+        grads = permuted_block_product_grad(flat, gather_x, grad, gather_grad, rotation.layout.runs)
+        total = rotation.factor_cache.add(grads)
         grad_skew = rotation.skew_grad(ctx.increments, total) if ctx.last and ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = block_product(grad, ctx.increments.cast, runs, transpose=True)
-            grad_x = grad_x if ctx.output_side else grad_x.index_select(1, rotation.inverse)
-            grad_x = grad_x.view(x.shape)
+            grad_x = permuted_block_product(grad, gather_grad, ctx.increments.cast, True, inverse).view(x.shape)
         return grad_x, grad_skew, None, None, None

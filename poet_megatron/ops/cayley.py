@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poet_megatron.ops import native
+
 EXP_SQUARINGS = 4
 EXP_DEGREE = 10  # |Q|_2 <= 4 leaves a truncation error of (4/16)^11 / 11! * 16 = 1e-13
 
@@ -33,27 +35,35 @@ class OrthogonalMap:
     def increment(self, q: Tensor) -> Tensor:
         """E = G(Q) - I for skew q [N, b, b]; same shape and dtype."""
         if self.kind == "cayley-neumann":
+            if _on_native(q):
+                return torch.ops.poet_native.series_increment(q, self._coefficients())
             return _polynomial(q, self._coefficients())[0]
         if self.kind == "cayley":
             return _cayley_increment(q)
         return _exp_increment(q)
 
     def increment_grad(self, q: Tensor, increment: Tensor, grad_increment: Tensor) -> Tensor:
-        """dQ [N, b, b] (not yet folded to skew form) for the gradient of E; `increment` is E(q), used by the exact Cayley map."""
+        """dQ [N, b, b] for the gradient of E; `increment` is E(q), used by the exact Cayley map.
+
+        Only dQ - dQ^T, the gradient along skew directions, is the same for every implementation (see `skew_pack_grad`).
+        """
         if self.kind == "cayley-neumann":
+            if _on_native(q):
+                return torch.ops.poet_native.series_grad(q, self._coefficients(), grad_increment)
             return _polynomial_grad(q, self._coefficients(), grad_increment)
         if self.kind == "cayley":
             return _cayley_grad(increment, grad_increment)
-        leaf = q.detach().requires_grad_()
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(_exp_increment(leaf), leaf, grad_increment)
-        return grad
+        return _exp_grad(q, grad_increment)
 
     def _coefficients(self) -> list[float]:
         return [0.0] + [2.0] * self.terms + [self.tail]
 
 
 EXACT = OrthogonalMap("cayley")
+
+
+def _on_native(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and native.native_available(q.device.type)
 
 
 def _polynomial(q: Tensor, coefficients: list[float]) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -100,7 +110,7 @@ def _cayley_increment(q: Tensor) -> Tensor:
     definite = -square
     definite.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor, _ = torch.linalg.cholesky_ex(definite)  # I + Q^T Q is positive definite; checking that would wait for the GPU
-    return torch.cholesky_solve(2.0 * (q + square), factor)
+    return torch.cholesky_solve(2.0 * (q + square), factor).contiguous()  # it comes column by column
 
 
 def _cayley_grad(increment: Tensor, grad: Tensor) -> Tensor:
@@ -111,13 +121,33 @@ def _cayley_grad(increment: Tensor, grad: Tensor) -> Tensor:
 
 def _exp_increment(q: Tensor) -> Tensor:
     """exp(Q) - I by a Taylor polynomial of Q / 2^s and s squarings in increment form, E <- 2E + E^2."""
+    return _exp_steps(q)[-1]
+
+
+def _exp_steps(q: Tensor) -> list[Tensor]:
+    """Every intermediate value of `_exp_increment`: EXP_DEGREE Horner steps from Q / 2^s / EXP_DEGREE on, then the squarings."""
     scaled = q / 2**EXP_SQUARINGS
-    increment = scaled / EXP_DEGREE
+    values = [scaled / EXP_DEGREE]
     for divisor in range(EXP_DEGREE - 1, 0, -1):
-        increment = (scaled + scaled @ increment) / divisor
+        values.append((scaled + scaled @ values[-1]) / divisor)
     for _ in range(EXP_SQUARINGS):
-        increment = 2.0 * increment + increment @ increment
-    return increment
+        values.append(2.0 * values[-1] + values[-1] @ values[-1])
+    return values
+
+
+def _exp_grad(q: Tensor, grad: Tensor) -> Tensor:
+    """Reverse mode of `_exp_increment`."""
+    values = _exp_steps(q)[:-1]
+    for _ in range(EXP_SQUARINGS):
+        transposed = values.pop().mT
+        grad = 2.0 * grad + grad @ transposed + transposed @ grad
+    scaled = q / 2**EXP_SQUARINGS
+    total = torch.zeros_like(q)
+    for divisor in range(1, EXP_DEGREE):
+        grad = grad / divisor
+        total = total + grad + grad @ values.pop().mT
+        grad = scaled.mT @ grad
+    return (total + grad / EXP_DEGREE) / 2**EXP_SQUARINGS
 
 
 def orthogonality_defect(increment: Tensor) -> Tensor:

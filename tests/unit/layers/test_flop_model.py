@@ -9,6 +9,13 @@ from poet_megatron.layers.cost import choose_compute, input_centric_flops, weigh
 from poet_megatron.layers.effective import EffectiveWeight
 from poet_megatron.layers.factor_cache import cached_factors
 from poet_megatron.layers.matrix import MatrixId, RotatedMatrix
+from poet_megatron.ops import native
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The reference, whose products torch sees."""
+    monkeypatch.setattr(native, "native_available", lambda device_type: False)
 
 
 class ProductFlops(TorchDispatchMode):

@@ -1,0 +1,179 @@
+"""The build_ext command: compiles what it can, goes on without the rest, and writes down why.
+
+What becomes of each part is compiled into poet_megatron._host (`build_info()`), which `poet-megatron doctor` shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+from build_support import toolchain
+from build_support.parts import CXX_FLAGS, NVCC_FLAGS, Builder
+from build_support.settings import BuildSettings, SettingError
+from build_support.steps import Step, StepError, run_steps
+from build_support.toolchain import MissingToolError
+
+CPU, CUDA, HOST = "poet_megatron._poet_cpu", "poet_megatron._poet_cuda", "poet_megatron._host"
+BUILT = "built"
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+def extensions(settings: BuildSettings) -> list[Extension]:
+    """What setuptools packs: all optional, so that an installation without a compiler has none of them."""
+    if settings.native == "0":
+        return []
+    names = [CPU, HOST] if settings.cuda == "0" else [CPU, CUDA, HOST]
+    return [Extension(name, sources=[], optional=True) for name in names]
+
+
+class BuildNative(build_ext):
+    """Builds the parts of `build_support.parts`; a part that cannot be built is left out unless its setting is "1"."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Libraries of ops are not Python modules: plain `.so`, for any Python."""
+        name = super().get_ext_filename(fullname)
+        return str(Path(*fullname.split(".")).with_suffix(".so")) if fullname.endswith(("_poet_cpu", "_poet_cuda")) else name
+
+    def build_extensions(self) -> None:
+        """Compile, link, and remove what an earlier build left of parts that this one does not have."""
+        try:
+            self.settings = BuildSettings.from_environment(os.environ)
+            self.results = dict.fromkeys(("cpu", "cuda", "host"), "not tried")
+            self._build()
+        except (SettingError, MissingToolError, StepError) as error:
+            raise SystemExit(f"error: {error}") from error
+        for extension in self.extensions:
+            if self.results[extension.name.rpartition("_")[2]] != BUILT:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        self._report()
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: also remove stale libraries from the source tree."""
+        for extension in self.extensions:
+            if self.results[extension.name.rpartition("_")[2]] != BUILT:
+                (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def _build(self) -> None:
+        """Find the tools, run all compilations together, then link what has all of its objects."""
+        settings = self.settings
+        try:
+            compiler = toolchain.find_compiler(os.environ)
+        except MissingToolError as error:
+            self._miss("cpu", error)
+            self._miss("cuda", error)
+            self._miss("host", error)
+            return
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        self.builder = Builder.create(ROOT / "csrc", temp, compiler, os.environ)
+        self.torch = self._find("cpu", toolchain.require_torch)
+        pybind11 = self._find("host", toolchain.find_pybind11)
+        nvcc = self._find_cuda()
+
+        steps: dict[str, list[Step]] = {"kernels": self.builder.kernels(), "cpu": [], "cuda": [], "host": []}
+        if self.torch:
+            steps["cpu"] = [self.builder.binding("cpu_ops", self.torch)]
+        if self.torch and nvcc:
+            cuda_kernels = self.builder.cuda_kernels(nvcc, settings, os.environ.get("CXX"))
+            steps["cuda"] = [self.builder.binding("cuda_ops", self.torch), *cuda_kernels]
+        if pybind11:
+            steps["host"] = [self.builder.host(pybind11)]
+        slowest_first = [step for part in ("cuda", "kernels", "host", "cpu") for step in reversed(steps[part])]
+        self.errors = run_steps(slowest_first, settings.jobs)
+        objects = {part: [step.output for step in part_steps] for part, part_steps in steps.items()}
+
+        archive = self._archive(objects["kernels"])
+        if self.torch:
+            torch = self.torch
+            self._link("cpu", CPU, objects, archive, lambda output, inputs: self.builder.link_ops(output, inputs, torch))
+            if nvcc:
+                link = self.builder.link_cuda_ops
+                self._link("cuda", CUDA, objects, [], lambda output, inputs: link(output, inputs, torch, nvcc))
+        if pybind11:
+            info = self.builder.build_info(json.dumps(self._info(nvcc)))
+            self.errors |= run_steps([info], 1)
+            objects["host"].append(info.output)
+            self._link("host", HOST, objects, archive, self.builder.link_module)
+
+    def _find_cuda(self) -> toolchain.Nvcc | None:
+        """The CUDA compiler, where POET_CUDA and what is installed ask for it."""
+        return self._find("cuda", self._require_cuda)
+
+    def _require_cuda(self) -> toolchain.Nvcc:
+        if self.settings.cuda == "0":
+            raise MissingToolError("POET_CUDA=0")
+        if self.torch is None:
+            raise MissingToolError(self.results["cpu"])
+        if self.settings.cuda == "auto" and self.torch.cuda is None:
+            raise MissingToolError(f"torch {self.torch.version} is a CPU build; POET_CUDA=1 builds them all the same")
+        return toolchain.find_nvcc(os.environ)
+
+    def _find(self, part: str, find: Callable[[], T]) -> T | None:
+        try:
+            return find()
+        except MissingToolError as error:
+            self._miss(part, error)
+            return None
+
+    def _miss(self, part: str, error: Exception) -> None:
+        """Write down why a part is missing, or stop if it was asked for."""
+        wanted = self.settings.cuda if part == "cuda" else self.settings.native
+        if wanted == "1":
+            raise MissingToolError(f"{'POET_CUDA' if part == 'cuda' else 'POET_NATIVE'}=1, but {error}") from error
+        self.results[part] = str(error)
+
+    def _archive(self, objects: list[Path]) -> list[Path]:
+        """The archive of the CPU kernels; without all of its objects the parts that need it fail with their errors."""
+        step = self.builder.archive(objects)
+        failed = next((error for path in objects if (error := self.errors[path])), None)
+        self.errors[step.output] = failed
+        if failed is None:
+            self.errors |= run_steps([step], 1)
+        return [step.output]
+
+    def _link(
+        self, part: str, name: str, objects: dict[str, list[Path]], archive: list[Path], link: Callable[[Path, list[Path]], Step]
+    ) -> None:
+        """Link one part if all of its objects are there."""
+        inputs = objects[part] + archive
+        error = next((error for path in inputs if (error := self.errors[path])), None)
+        output = Path(self.get_ext_fullpath(name))
+        if error is None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            step = link(self.builder.temp / output.name, inputs)
+            error = run_steps([step], 1)[step.output]
+            if error is None:
+                self.copy_file(str(step.output), str(output))
+        if error is None:
+            self.results[part] = BUILT
+        else:
+            self._miss(part, error)
+
+    def _info(self, nvcc: toolchain.Nvcc | None) -> dict[str, object]:
+        """What `poet_megatron._host.build_info()` returns."""
+        version = subprocess.run([*self.builder.compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        cuda = {"nvcc": nvcc.release, "archs": list(self.settings.archs), "flags": " ".join(NVCC_FLAGS)} if nvcc else None
+        return {
+            "cpu": self.results["cpu"],
+            "cuda": self.results["cuda"],
+            "compiler": version.partition("\n")[0],
+            "flags": " ".join((*CXX_FLAGS, *self.builder.extra)),
+            "torch": self.torch.version if self.torch else None,
+            "cuda_build": cuda,
+        }
+
+    def _report(self) -> None:
+        """One message about what was left out; pip shows it with -v only, the package says it again when it is used."""
+        if self.results["cpu"] != BUILT:
+            print(f"warning: the compiled ops were not built, the slower reference runs instead: {self.results['cpu']}", file=sys.stderr)
