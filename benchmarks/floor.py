@@ -40,13 +40,16 @@ class Floor:
         return cls(compute, flops / dense, (flops + 2 * series_products(neumann_terms) * cubes) / dense)
 
 
-def series_products(neumann_terms: int) -> int:
-    """b x b products that the series of degree k + 1 and its gradient take per block: 3 and 9 for k = 4.
+def series_products(neumann_terms: int) -> float:
+    """b x b products that the series of degree k + 1 and its gradient take per block in csrc/cpu/series.cpp: 1.5 and 5 for k = 4.
 
-    Q^2 and one product per further coefficient pair forward; the same again and 2 per pair plus 2 backward.
+    A product whose result is symmetric or skew counts a half.
     """
-    pairs = (neumann_terms + 1) // 2
-    return (1 + pairs) + (1 + pairs + 2 * pairs + 2)
+    degree = neumann_terms + 1
+    powers, odd = degree // 2, degree >= 3
+    forward = 0.5 * powers + (0.5 if odd else 0.0)
+    reverse = 1 + 2 * (powers - 2) if powers > 1 else 0
+    return forward + 0.5 * powers + (2 if odd else 0) + reverse + 1
 
 
 def _sum_cubes(side: SideLayout) -> int:

@@ -1,15 +1,17 @@
 """`python -m benchmarks.layer`: forward and backward of POET layers beside the dense layer they replace, on the CPU.
 
 One run is one optimizer step: 8,192 tokens in 4 micro-batches, gradients of the input and of everything trained, and the factors
-(Cayley forward and backward) once per step. Every POET run stands between two dense runs in the same process; its ratio is to their mean.
+(Cayley forward and backward) once per step. "merge" is R W0 P of an fp32 master over one forward and backward of the dense layer on one
+micro-batch (2,048 tokens). Every POET run stands between two dense runs in the same process; its ratio is to their mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from poet_megatron.layers.config import PoetConfig
 from poet_megatron.layers.factor_cache import cached_factors
 from poet_megatron.layers.linear import PoetLinear
 from poet_megatron.layers.side import SideLayout
+from poet_megatron.parallel.host_memory import use_huge_pages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((2048, 2048), (2048, 5376))
@@ -106,6 +109,7 @@ class Result:
         samples: its runs. Those of the dense layer are compared with the dense runs before and after: the noise of the ratios.
         dense_seconds: median of the dense layer.
         parts: median seconds of every part of a step as a fraction of the dense layer's; None where they were not timed.
+        merge: seconds of a merge of an fp32 master over those of forward and backward of the dense layer on one micro-batch, or None.
     """
 
     workload: Workload
@@ -114,6 +118,7 @@ class Result:
     samples: Samples
     dense_seconds: float
     parts: dict[str, float] | None = None
+    merge: Spread | None = None
 
     @property
     def ratio(self) -> Spread:
@@ -142,6 +147,7 @@ class Result:
             "tokens": self.workload.tokens,
             "micro_batches": self.workload.micro_batches,
             "runs": len(self.samples.ratios),
+            "merge_ratio": None if self.merge is None else round(self.merge.median, 4),
             "parts": None if self.parts is None else {name: round(value, 4) for name, value in self.parts.items()},
         }
 
@@ -178,6 +184,13 @@ def make_layer(linear: nn.Linear, case: Case, tokens: int) -> PoetLinear:
     return layer
 
 
+def merge_of(layer: PoetLinear) -> Callable[[], Tensor]:
+    """R W0 P of a layer like this one that keeps an fp32 master (the layer itself keeps none, so that nothing else changes)."""
+    matrix = copy.deepcopy(layer.matrix)
+    matrix.keep_master()
+    return matrix.merged
+
+
 def measure(workload: Workload, cases: Sequence[Case], repeats: int, progress: Progress) -> list[Result]:
     """Time the dense layer and every case on one workload."""
     inputs, grads = workload.micro_batch_data()
@@ -191,8 +204,11 @@ def measure(workload: Workload, cases: Sequence[Case], repeats: int, progress: P
         runs[case.name] = stopwatch(Step(layer, inputs, grads))
         if case.method == "poet_bs":
             timers[case.name] = runs[f"{case.name}, parts"] = PartTimer(layer.matrix, [x.detach() for x in inputs], grads)
+            runs[f"{case.name}, merge"] = stopwatch(merge_of(layer))
 
     def tick(name: str) -> None:
+        if name.endswith(", merge"):
+            return
         what = f"{workload.in_features}x{workload.out_features} {workload.dtype} {name}"
         progress.advance(workload.work(1.0 + floors[name.removesuffix(", parts")].products), what)
 
@@ -202,6 +218,8 @@ def measure(workload: Workload, cases: Sequence[Case], repeats: int, progress: P
     for case in cases:
         result = Result(workload, case, floors[case.name], samples[case.name], dense_seconds)
         if case.name in timers:
+            merges = samples[f"{case.name}, merge"].ratios
+            result.merge = Spread.of([workload.micro_batches * ratio for ratio in merges])
             result.parts = part_fractions(timers[case.name].seconds[1:], samples[f"{case.name}, parts"], result.ratio.median)
         results.append(result)
     return results
@@ -223,13 +241,13 @@ def part_fractions(parts: Sequence[dict[str, float]], runs: Samples, ratio: floa
 def ratio_table(results: Sequence[Result]) -> str:
     """Ratios beside their floors."""
     layer = f"{'in x out':>12} {'dtype':>5} {'layer':<12} {'compute':<7}"
-    lines = [f"{layer} {'ratio':>6} {'min..max':>13} {'floor':>6} {'+Cayley':>8} {'ms/step':>9}"]
+    lines = [f"{layer} {'ratio':>6} {'min..max':>13} {'floor':>6} {'+Cayley':>8} {'ms/step':>9} {'merge':>6}"]
     for result in results:
         work, ratio = result.workload, result.ratio
         lines.append(
             f"{f'{work.in_features} x {work.out_features}':>12} {work.dtype:>5} {result.case.name:<12} {result.floor.compute:<7} "
             f"{ratio.median:6.3f} {f'{ratio.low:.3f}..{ratio.high:.3f}':>13} {result.floor.products:6.3f} {result.floor.with_cayley:8.3f} "
-            f"{1e3 * Spread.of(result.samples.seconds).median:9.1f}"
+            f"{1e3 * Spread.of(result.samples.seconds).median:9.1f} {'' if result.merge is None else f'{result.merge.median:6.3f}':>6}"
         )
     return "\n".join(lines)
 
@@ -321,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
+    use_huge_pages()  # as CPU training does
     machine, command = Machine.current(), command_line("benchmarks.layer")
     print(machine.to_text(), file=sys.stderr)
     runs = [(w, case) for w in plan for case in CASES for _ in range(2 if case.method == "poet_bs" else 1)]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from poet_megatron.layers.matrix import RotatedMatrix
 from poet_megatron.layers.rotation import Increments, Rotation
-from poet_megatron.ops.block_product import block_product, block_product_grad
+from poet_megatron.ops.permuted_product import permuted_block_product, permuted_block_product_grad
 
 T = TypeVar("T")
-PARTS = ("product_forward", "product_grad_x", "product_grad_e", "gathers", "cayley_forward", "cayley_backward", "gemm")
+PARTS = ("product_forward", "product_grad_x", "product_grad_e", "cayley_forward", "cayley_backward", "gemm")
 
 
 class PartTimer:
@@ -59,24 +59,17 @@ class PartTimer:
     def _micro_batch(self, x: Tensor, grad_y: Tensor, factor_in: Increments, factor_out: Increments) -> tuple[list[Tensor], list[Tensor]]:
         rotation_in, rotation_out, weight = self.matrix.rotation_in, self.matrix.rotation_out, self.matrix.weight
         runs_in, runs_out = rotation_in.layout.runs, rotation_out.layout.runs
-        gathered = self._gather(x, rotation_in.perm)
-        rotated = self._time("product_forward", lambda: block_product(gathered, factor_in.cast, runs_in))
+        cast_in, cast_out = factor_in.cast, factor_out.cast
+        rotated = self._time("product_forward", lambda: permuted_block_product(x, rotation_in.perm, cast_in, False, None))
         z = self._time("gemm", lambda: F.linear(rotated, weight))
-        y = self._time("product_forward", lambda: block_product(z, factor_out.cast, runs_out))
-        self._gather(y, rotation_out.inverse)
+        self._time("product_forward", lambda: permuted_block_product(z, None, cast_out, False, rotation_out.inverse))
 
-        grad = self._gather(grad_y, rotation_out.perm)
-        grads_out = self._time("product_grad_e", lambda: block_product_grad(z, grad, runs_out))
-        grad_z = self._time("product_grad_x", lambda: block_product(grad, factor_out.cast, runs_out, transpose=True))
-        grad_rotated = self._time("gemm", lambda: grad_z @ weight)
-        again = self._gather(x, rotation_in.perm)
-        grads_in = self._time("product_grad_e", lambda: block_product_grad(again, grad_rotated, runs_in))
-        grad_x = self._time("product_grad_x", lambda: block_product(grad_rotated, factor_in.cast, runs_in, transpose=True))
-        self._gather(grad_x, rotation_in.inverse)
+        grads_out = self._time("product_grad_e", lambda: permuted_block_product_grad(z, None, grad_y, rotation_out.perm, runs_out))
+        grad_z = self._time("product_grad_x", lambda: permuted_block_product(grad_y, rotation_out.perm, cast_out, True, None))
+        grad = self._time("gemm", lambda: grad_z @ weight)
+        grads_in = self._time("product_grad_e", lambda: permuted_block_product_grad(x, rotation_in.perm, grad, None, runs_in))
+        self._time("product_grad_x", lambda: permuted_block_product(grad, None, cast_in, True, rotation_in.inverse))
         return grads_in, grads_out
-
-    def _gather(self, x: Tensor, order: Tensor) -> Tensor:
-        return self._time("gathers", lambda: x.index_select(1, order))
 
     def _time(self, part: str, function: Callable[[], T]) -> T:
         start = time.perf_counter()

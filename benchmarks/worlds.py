@@ -19,7 +19,7 @@ class WorldFailed(RuntimeError):
     """A rank ended with another status than 0."""
 
 
-def run_world(ranks: int, work: Callable[[], None], timeout: float) -> None:
+def run_world(ranks: int, work: Callable[[], object], timeout: float) -> None:
     """Run `work` on every rank of a world of `ranks` processes, which it sets up itself (see parallel.context).
 
     Raises:
@@ -30,7 +30,7 @@ def run_world(ranks: int, work: Callable[[], None], timeout: float) -> None:
         raise WorldFailed(f"exit statuses of {ranks} ranks: {statuses} (negative: ended by that signal)")
 
 
-def exit_statuses(ranks: int, work: Callable[[], None], timeout: float) -> list[int]:
+def exit_statuses(ranks: int, work: Callable[[], object], timeout: float) -> list[int]:
     """Run `work` on every rank and return their exit statuses.
 
     After the first failure the others have GRACE_SECONDS to end by themselves; then, or after `timeout` seconds, they are killed (-9).
@@ -55,7 +55,7 @@ def exit_statuses(ranks: int, work: Callable[[], None], timeout: float) -> list[
     return [process.exitcode or 0 for process in processes]
 
 
-def _rank(rank: int, ranks: int, port: int, work: Callable[[], None]) -> None:
+def _rank(rank: int, ranks: int, port: int, work: Callable[[], object]) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),

@@ -1,5 +1,7 @@
 /* dE_j = X_j^T G_j. A chunk of tokens is gathered where it has to be (threads share the tokens), then every block is updated (threads
  * share the blocks), so that the order of every sum is fixed. */
+#include <omp.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -30,27 +32,40 @@ struct Call {
   float* target(const Block& block) const { return (block.ragged ? de_ragged : de_full) + block.increment; }
 };
 
-/* Rows of dE that one task updates: a block of 256 is several tasks. */
-constexpr std::int64_t task_rows = 128;
+/* How the blocks are dealt out, with the same result whatever is chosen: several small neighbours are one task, so that it reads long
+ * pieces of rows; a large block is cut into bands of 128 rows of dE if there are few for many threads. */
+struct Deal {
+  static constexpr std::int64_t piece = 256; /* columns that a task wants */
 
-struct Task {
-  Block block;
-  std::int64_t first, rows;
+  poet_blocks blocks;
+  std::int64_t rows, together; /* at most that many rows of a block, blocks of a task */
+
+  explicit Deal(const poet_blocks& all) : blocks(all), rows(std::max<std::int64_t>(all.size, all.ragged_size)), together(1) {
+    const std::int64_t wanted = 4 * omp_get_max_threads();
+    if (block_count(all) < wanted) rows = std::min<std::int64_t>(rows, 128);
+    if (all.size > 0) together = std::max<std::int64_t>(1, std::min(piece / all.size, all.count / wanted));
+  }
+
+  std::int64_t bands(std::int64_t size) const { return (size + rows - 1) / rows; }
+  std::int64_t full_tasks() const { return (blocks.count + together - 1) / together * bands(blocks.size); }
+  std::int64_t tasks() const { return full_tasks() + blocks.ragged_count * bands(blocks.ragged_size); }
 };
 
-std::int64_t tasks_per_block(std::int64_t size) { return (size + task_rows - 1) / task_rows; }
+/* Rows [first, first + rows) of dE of `count` blocks of one size, from `block` on. */
+struct Task {
+  Block block;
+  std::int64_t count, first, rows;
+};
 
-std::int64_t task_count(const poet_blocks& blocks) {
-  return blocks.count * tasks_per_block(blocks.size) + blocks.ragged_count * tasks_per_block(blocks.ragged_size);
-}
-
-Task task_at(const poet_blocks& blocks, std::int64_t index) {
-  const std::int64_t per_full = tasks_per_block(blocks.size), in_full = blocks.count * per_full;
-  const bool ragged = index >= in_full;
-  const std::int64_t per_block = ragged ? tasks_per_block(blocks.ragged_size) : per_full, local = ragged ? index - in_full : index;
-  const Block block = block_at(blocks, local / per_block + (ragged ? blocks.count : 0));
-  const std::int64_t first = local % per_block * task_rows;
-  return {block, first, std::min(task_rows, block.size - first)};
+Task task_at(const Deal& deal, std::int64_t index) {
+  const poet_blocks& blocks = deal.blocks;
+  const bool ragged = index >= deal.full_tasks();
+  if (ragged) index -= deal.full_tasks();
+  const std::int64_t bands = deal.bands(ragged ? blocks.ragged_size : blocks.size), number = index / bands;
+  const Block block = block_at(blocks, ragged ? blocks.count + number : number * deal.together);
+  const std::int64_t count = ragged ? 1 : std::min(deal.together, blocks.count - number * deal.together);
+  const std::int64_t first = index % bands * deal.rows;
+  return {block, count, first, std::min(deal.rows, block.size - first)};
 }
 
 struct F32Io {
@@ -90,6 +105,16 @@ Operand<Element> right_operand(const Call& call, Element* staged, std::int64_t l
   return {static_cast<const Element*>(call.g), call.ldg, call.gather_g, staged, ld};
 }
 
+/* A row of a packed operand: `n` columns per panel, panels `stride` elements apart, the last one filled up with zeros. */
+template <class Io>
+void copy_panels(const Kernels& kernels, const typename Io::Element* in, std::int64_t size, std::int64_t n, float* out, std::int64_t stride) {
+  for (std::int64_t j = 0; j < size; j += n, out += stride) {
+    const std::int64_t columns = std::min(n, size - j);
+    Io::widen(kernels, in + j, out, columns);
+    for (std::int64_t c = columns; c < n; ++c) out[c] = 0.0f;
+  }
+}
+
 /* A task copies its columns of X and G to the cache, as fp32, and multiplies there. */
 template <class Io>
 int run_f32(const Call& call) {
@@ -97,6 +122,7 @@ int run_f32(const Call& call) {
   constexpr std::int64_t chunk = 256;
   const Kernels& kernels = current_kernels();
   const std::int64_t n = kernels.panel, ld = call.width + 16, side = std::max(call.blocks.size, call.blocks.ragged_size);
+  const Deal deal(call.blocks);
   thread_local Scratch stage_scratch;
   const int gathered = (call.gather_x != nullptr) + (call.gather_g != nullptr);
   Element* staged = stage_scratch.get<Element>(gathered * chunk * ld);
@@ -106,12 +132,13 @@ int run_f32(const Call& call) {
 #pragma omp parallel
   {
     thread_local Scratch task_scratch;
-    float* a = task_scratch.get<float>(chunk * (task_rows + (side + n - 1) / n * n) + n);
+    const std::int64_t panels = (side + n - 1) / n * n;
+    float* a = task_scratch.get<float>(deal.together * chunk * (deal.rows + panels));
     if (a == nullptr) {
 #pragma omp atomic write
       out_of_memory = true;
     }
-    float* b = a + chunk * task_rows;
+    float* b = a + deal.together * chunk * deal.rows;
     for (std::int64_t start = 0; start < call.tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, call.tokens - start);
 #pragma omp for schedule(static)
@@ -121,22 +148,21 @@ int run_f32(const Call& call) {
         Io::move(kernels, operand.data + (start + row) * operand.ld, operand.order, operand.staged + row * ld, call.width);
       }
 #pragma omp for schedule(static)
-      for (std::int64_t index = 0; index < task_count(call.blocks); ++index) {
+      for (std::int64_t index = 0; index < deal.tasks(); ++index) {
         if (a == nullptr) continue;
-        const Task task = task_at(call.blocks, index);
+        const Task task = task_at(deal, index);
         const std::int64_t size = task.block.size;
-        for (std::int64_t t = 0; t < count; ++t) {
-          Io::widen(kernels, left.at(start + t, task.block.offset + task.first, start), a + t * task_rows, task.rows);
-          const Element* source = right.at(start + t, task.block.offset, start);
-          for (std::int64_t j = 0; j < size; j += n) {
-            float* panel = b + j * count + t * n;
-            const std::int64_t columns = std::min(n, size - j);
-            Io::widen(kernels, source + j, panel, columns);
-            for (std::int64_t c = columns; c < n; ++c) panel[c] = 0.0f;
+        for (std::int64_t t = 0; t < count; ++t)
+          for (std::int64_t k = 0; k < task.count; ++k) {
+            const std::int64_t column = task.block.offset + k * size;
+            Io::widen(kernels, left.at(start + t, column + task.first, start), a + (k * chunk + t) * deal.rows, task.rows);
+            copy_panels<Io>(kernels, right.at(start + t, column, start), size, n, b + k * chunk * panels + t * n, count * n);
           }
+        for (std::int64_t k = 0; k < task.count; ++k) {
+          float* c = call.target(task.block) + (k * size + task.first) * size;
+          kernels.gemm_f32({task.rows, size, count, a + k * chunk * deal.rows, 1, deal.rows, b + k * chunk * panels,
+                            start == 0 ? nullptr : c, size, c, size});
         }
-        float* c = call.target(task.block) + task.first * size;
-        kernels.gemm_f32({task.rows, size, count, a, 1, task_rows, b, start == 0 ? nullptr : c, size, c, size});
       }
     }
   }
@@ -164,6 +190,8 @@ int run_amx(const Call& call) {
   constexpr std::int64_t chunk = 512, groups = chunk / group, tile_stride = groups * amx::elements;
   const Kernels& kernels = current_kernels();
   const std::int64_t ld = call.width + 32, side = std::max(call.blocks.size, call.blocks.ragged_size);
+  const Deal deal(call.blocks);
+  const std::int64_t band_rows = amx::round_up(deal.rows, amx::pair), right_columns = amx::round_up(side, amx::pair);
   const int gathered = (call.gather_x != nullptr) + (call.gather_g != nullptr);
   const std::int64_t plan_size = gather_plan_size(call.width);
   thread_local Scratch stage_scratch, plan_scratch;
@@ -178,12 +206,12 @@ int run_amx(const Call& call) {
 #pragma omp parallel
   {
     thread_local Scratch task_scratch;
-    bf16* a = task_scratch.get<bf16>((amx::round_up(side, amx::pair) + task_rows) * chunk + gather_buffer_size(call.width));
+    bf16* a = task_scratch.get<bf16>(deal.together * (right_columns + band_rows) * chunk + gather_buffer_size(call.width));
     if (a == nullptr) {
 #pragma omp atomic write
       out_of_memory = true;
     }
-    bf16 *b = a + task_rows * chunk, *buffer = b + amx::round_up(side, amx::pair) * chunk;
+    bf16 *b = a + deal.together * band_rows * chunk, *buffer = b + deal.together * right_columns * chunk;
     const amx::Session session;
     for (std::int64_t start = 0; start < call.tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, call.tokens - start), used = (count + group - 1) / group;
@@ -197,18 +225,23 @@ int run_amx(const Call& call) {
                   operand.staged + first * ld, ld, call.width, buffer);
       }
 #pragma omp for schedule(static)
-      for (std::int64_t index = 0; index < task_count(call.blocks); ++index) {
+      for (std::int64_t index = 0; index < deal.tasks(); ++index) {
         if (a == nullptr) continue;
-        const Task task = task_at(call.blocks, index);
+        const Task task = task_at(deal, index);
+        const std::int64_t size = task.block.size;
         for (std::int64_t number = 0; number < used; ++number) {
           const std::int64_t token = start + number * group, rows = std::min(group, call.tokens - token);
-          pack_tiles<amx::pack_left>(left.at(token, task.block.offset + task.first, start), left.stride(), rows, task.rows, tile_stride,
-                                     a + number * amx::elements);
-          pack_tiles<amx::pack_right>(right.at(token, task.block.offset, start), right.stride(), rows, task.block.size, tile_stride,
-                                      b + number * amx::elements);
+          for (std::int64_t k = 0; k < task.count; ++k) {
+            const std::int64_t column = task.block.offset + k * size, place = number * amx::elements;
+            pack_tiles<amx::pack_left>(left.at(token, column + task.first, start), left.stride(), rows, task.rows, tile_stride,
+                                       a + k * band_rows * chunk + place);
+            pack_tiles<amx::pack_right>(right.at(token, column, start), right.stride(), rows, size, tile_stride,
+                                        b + k * right_columns * chunk + place);
+          }
         }
-        amx::gemm_grad(task.rows, task.block.size, used, a, b, tile_stride, start > 0,
-                       call.target(task.block) + task.first * task.block.size, task.block.size);
+        for (std::int64_t k = 0; k < task.count; ++k)
+          amx::gemm_grad(task.rows, size, used, a + k * band_rows * chunk, b + k * right_columns * chunk, tile_stride, start > 0,
+                         call.target(task.block) + (k * size + task.first) * size, size);
       }
     }
   }
