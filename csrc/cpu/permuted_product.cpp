@@ -13,7 +13,9 @@
 namespace poet {
 namespace {
 
-constexpr std::int64_t chunk_bytes = 640 << 10; /* of gathered rows: with as many results about half of a 2 MB second-level cache */
+/* Gathered rows of a chunk: with as many results half of a 2 MB second-level cache, which leaves room for E. An E that does not fit anyway
+ * is read again for every chunk, so that longer ones pay: measured 9% (fp32) and 13% (bf16) for 5,376 columns in blocks of 256. */
+constexpr std::int64_t chunk_bytes = 640 << 10, long_chunk_bytes = 1280 << 10, cached_increments = 2 << 20;
 constexpr std::int64_t line = 32;               /* elements added to a row so that rows do not fall into the same cache set */
 
 struct Call {
@@ -33,8 +35,9 @@ struct Call {
   }
 };
 
-std::int64_t chunk_rows(std::int64_t row_bytes, std::int64_t unit) {
-  return std::max(unit, chunk_bytes / std::max<std::int64_t>(row_bytes, 1) / unit * unit);
+std::int64_t chunk_rows(std::int64_t row_bytes, std::int64_t increment_bytes, std::int64_t unit) {
+  const std::int64_t bytes = increment_bytes > cached_increments ? long_chunk_bytes : chunk_bytes;
+  return std::max(unit, bytes / row_bytes / unit * unit);
 }
 
 /* How a dtype is read into fp32 rows and written back. */
@@ -64,9 +67,10 @@ int run_f32(const Call& call) {
   using Element = typename Io::Element;
   const Kernels& kernels = current_kernels();
   thread_local Scratch packed_scratch;
-  float* packed = packed_scratch.get<float>(packed_side_size(kernels, call.blocks));
+  const std::int64_t packed_elements = packed_side_size(kernels, call.blocks);
+  float* packed = packed_scratch.get<float>(packed_elements);
   if (packed == nullptr) return POET_OUT_OF_MEMORY;
-  const std::int64_t ld = call.width + line, rows = chunk_rows(ld * sizeof(float), 12);
+  const std::int64_t ld = call.width + line, rows = chunk_rows(ld * sizeof(float), packed_elements * sizeof(float), 12);
   const std::int64_t chunks = (call.tokens + rows - 1) / rows, side = std::max(call.blocks.size, call.blocks.ragged_size);
   bool out_of_memory = false;
 #pragma omp parallel
@@ -128,9 +132,10 @@ int run_amx(const Call& call) {
   const std::int64_t full = amx::packed_size(call.blocks.size, call.blocks.size);
   const std::int64_t ragged = amx::packed_size(call.blocks.ragged_size, call.blocks.ragged_size);
   thread_local Scratch packed_scratch;
-  bf16* packed = packed_scratch.get<bf16>(call.blocks.count * full + call.blocks.ragged_count * ragged);
+  const std::int64_t packed_elements = call.blocks.count * full + call.blocks.ragged_count * ragged;
+  bf16* packed = packed_scratch.get<bf16>(packed_elements);
   if (packed == nullptr) return POET_OUT_OF_MEMORY;
-  const std::int64_t ld = amx::round_up(call.width, amx::depth) + line, rows = chunk_rows(ld * sizeof(bf16), amx::pair);
+  const std::int64_t ld = amx::round_up(call.width, amx::depth) + line, rows = chunk_rows(ld * sizeof(bf16), packed_elements * sizeof(bf16), amx::pair);
   const std::int64_t chunks = (call.tokens + rows - 1) / rows, side = std::max(call.blocks.size, call.blocks.ragged_size);
   thread_local Scratch plan_scratch;
   std::int32_t* plan_in = plan_scratch.get<std::int32_t>(2 * gather_plan_size(call.width));
