@@ -3,25 +3,30 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NATIVE := $(VENV)/.native
 RUN ?= runs/demo
 DATA ?= runs/demo-data
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow dist-check lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED)  ## make .venv and install the pinned CPU set
+setup: $(NATIVE)  ## make .venv, install the pinned CPU set and compile csrc/ (docs/install.md)
 
 $(INSTALLED): pyproject.toml setup.py constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints/cpu.txt -e '.[dev,deepspeed]'
+	POET_NATIVE=0 $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints/cpu.txt -e '.[dev,deepspeed]'
 	@touch $@
 
-demo: $(INSTALLED)  ## text to tokenizer to a trained, evaluated and exported Llama, in minutes on two cores
+$(NATIVE): $(INSTALLED) $(wildcard csrc/*/* build_support/*.py)
+	@echo 'compiling csrc/'; mkdir -p build; $(BIN)/python setup.py -q build_ext --inplace > build/compile.log || { tail build/compile.log; exit 1; }
+	@touch $@
+
+demo: $(NATIVE)  ## text to tokenizer to a trained, evaluated and exported Llama, in minutes on two cores
 	@echo "== 1/4 data: the text that Python ships"
 	@$(BIN)/poet-megatron prepare --output $(DATA) --vocab-size 4096
 	@echo "== 2/4 pretraining (about two minutes on two cores)"
@@ -36,11 +41,14 @@ demo: $(INSTALLED)  ## text to tokenizer to a trained, evaluated and exported Ll
 	@echo "checkpoints $(RUN)/checkpoints"
 	@echo "model       $(RUN)/export          (a Hugging Face Llama)"
 
-test: $(INSTALLED)  ## run the tests (unmarked ones)
+test: $(NATIVE)  ## run the tests (unmarked ones)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED)  ## run the tests marked slow
+test-slow: $(NATIVE)  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+dist-check: $(NATIVE)  ## build sdist and wheel, and use the wheel in a fresh environment
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_distribution.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -51,8 +59,8 @@ format: $(INSTALLED)  ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## time POET layers against dense ones (minutes; leave the machine alone)
+bench: $(NATIVE)  ## time POET layers against dense ones (minutes; leave the machine alone)
 	$(BIN)/python -m benchmarks.layer --output benchmarks/results/layer.json
 
-clean:  ## delete the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## delete the virtual environment, compiled parts and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache poet_megatron/*.so

@@ -22,7 +22,7 @@ from build_support.settings import BuildSettings, SettingError
 from build_support.steps import Step, StepError, run_steps
 from build_support.toolchain import MissingToolError
 
-CPU, CUDA, HOST = "poet_megatron._poet_cpu", "poet_megatron._poet_cuda", "poet_megatron._host"
+NAMES = {"cpu": "poet_megatron._poet_cpu", "cuda": "poet_megatron._poet_cuda", "host": "poet_megatron._host"}
 BUILT = "built"
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -32,8 +32,8 @@ def extensions(settings: BuildSettings) -> list[Extension]:
     """What setuptools packs: all optional, so that an installation without a compiler has none of them."""
     if settings.native == "0":
         return []
-    names = [CPU, HOST] if settings.cuda == "0" else [CPU, CUDA, HOST]
-    return [Extension(name, sources=[], optional=True) for name in names]
+    parts = [part for part in NAMES if part != "cuda" or settings.cuda != "0"]
+    return [Extension(NAMES[part], sources=[], optional=True) for part in parts]
 
 
 class BuildNative(build_ext):
@@ -48,63 +48,65 @@ class BuildNative(build_ext):
         """Compile, link, and remove what an earlier build left of parts that this one does not have."""
         try:
             self.settings = BuildSettings.from_environment(os.environ)
-            self.results = dict.fromkeys(("cpu", "cuda", "host"), "not tried")
+            self.results = dict.fromkeys(NAMES, "not tried")
             self._build()
         except (SettingError, MissingToolError, StepError) as error:
             raise SystemExit(f"error: {error}") from error
-        for extension in self.extensions:
-            if self.results[extension.name.rpartition("_")[2]] != BUILT:
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        for name in self._missing():
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
         self._report()
 
     def copy_extensions_to_source(self) -> None:
         """For an editable installation: also remove stale libraries from the source tree."""
-        for extension in self.extensions:
-            if self.results[extension.name.rpartition("_")[2]] != BUILT:
-                (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        for name in self._missing():
+            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
+
+    def _missing(self) -> list[str]:
+        """Parts that this build does not have, whether it tried or not."""
+        return [name for part, name in NAMES.items() if self.results[part] != BUILT]
 
     def _build(self) -> None:
         """Find the tools, run all compilations together, then link what has all of its objects."""
-        settings = self.settings
         try:
             compiler = toolchain.find_compiler(os.environ)
         except MissingToolError as error:
-            self._miss("cpu", error)
-            self._miss("cuda", error)
-            self._miss("host", error)
+            for part in NAMES:
+                self._miss(part, error)
             return
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
         self.builder = Builder.create(ROOT / "csrc", temp, compiler, os.environ)
         self.torch = self._find("cpu", toolchain.require_torch)
-        pybind11 = self._find("host", toolchain.find_pybind11)
-        nvcc = self._find_cuda()
+        self.nvcc = self._find_cuda()
+        self.pybind11 = self._find("host", toolchain.find_pybind11)
+        self._link_all(self._compile_all())
 
-        steps: dict[str, list[Step]] = {"kernels": self.builder.kernels(), "cpu": [], "cuda": [], "host": []}
+    def _compile_all(self) -> dict[str, list[Path]]:
+        """Compile everything there are tools for, the slowest first; returns the objects of each part."""
+        steps: dict[str, list[Step]] = {"cuda": [], "kernels": self.builder.kernels(), "host": [], "cpu": []}
         if self.torch:
             steps["cpu"] = [self.builder.binding("cpu_ops", self.torch)]
-        if self.torch and nvcc:
-            cuda_kernels = self.builder.cuda_kernels(nvcc, settings, os.environ.get("CXX"))
-            steps["cuda"] = [self.builder.binding("cuda_ops", self.torch), *cuda_kernels]
-        if pybind11:
-            steps["host"] = [self.builder.host(pybind11)]
-        slowest_first = [step for part in ("cuda", "kernels", "host", "cpu") for step in reversed(steps[part])]
-        self.errors = run_steps(slowest_first, settings.jobs)
-        objects = {part: [step.output for step in part_steps] for part, part_steps in steps.items()}
+        if self.torch and self.nvcc:
+            cuda_kernels = self.builder.cuda_kernels(self.nvcc, self.settings, os.environ.get("CXX"))
+            steps["cuda"] = [*cuda_kernels, self.builder.binding("cuda_ops", self.torch)]
+        if self.pybind11:
+            steps["host"] = [self.builder.host(self.pybind11)]
+        self.errors = run_steps([step for part in steps.values() for step in part], self.settings.jobs)
+        return {part: [step.output for step in part_steps] for part, part_steps in steps.items()}
 
+    def _link_all(self, objects: dict[str, list[Path]]) -> None:
+        """Link each part; the Python module last, because it holds what became of the others."""
         archive = self._archive(objects["kernels"])
-        if self.torch:
-            torch = self.torch
-            self._link("cpu", CPU, objects, archive, lambda output, inputs: self.builder.link_ops(output, inputs, torch))
-            if nvcc:
-                link = self.builder.link_cuda_ops
-                self._link("cuda", CUDA, objects, [], lambda output, inputs: link(output, inputs, torch, nvcc))
-        if pybind11:
-            info = self.builder.build_info(json.dumps(self._info(nvcc)))
+        torch, nvcc = self.torch, self.nvcc
+        if torch:
+            self._link("cpu", objects["cpu"] + archive, lambda output, inputs: self.builder.link_ops(output, inputs, torch))
+        if torch and nvcc:
+            self._link("cuda", objects["cuda"], lambda output, inputs: self.builder.link_cuda_ops(output, inputs, torch, nvcc))
+        if self.pybind11:
+            info = self.builder.build_info(json.dumps(self._info()))
             self.errors |= run_steps([info], 1)
-            objects["host"].append(info.output)
-            self._link("host", HOST, objects, archive, self.builder.link_module)
+            self._link("host", [*objects["host"], info.output, *archive], self.builder.link_module)
 
     def _find_cuda(self) -> toolchain.Nvcc | None:
         """The CUDA compiler, where POET_CUDA and what is installed ask for it."""
@@ -142,13 +144,10 @@ class BuildNative(build_ext):
             self.errors |= run_steps([step], 1)
         return [step.output]
 
-    def _link(
-        self, part: str, name: str, objects: dict[str, list[Path]], archive: list[Path], link: Callable[[Path, list[Path]], Step]
-    ) -> None:
+    def _link(self, part: str, inputs: list[Path], link: Callable[[Path, list[Path]], Step]) -> None:
         """Link one part if all of its objects are there."""
-        inputs = objects[part] + archive
         error = next((error for path in inputs if (error := self.errors[path])), None)
-        output = Path(self.get_ext_fullpath(name))
+        output = Path(self.get_ext_fullpath(NAMES[part]))
         if error is None:
             output.parent.mkdir(parents=True, exist_ok=True)
             step = link(self.builder.temp / output.name, inputs)
@@ -160,9 +159,10 @@ class BuildNative(build_ext):
         else:
             self._miss(part, error)
 
-    def _info(self, nvcc: toolchain.Nvcc | None) -> dict[str, object]:
+    def _info(self) -> dict[str, object]:
         """What `poet_megatron._host.build_info()` returns."""
         version = subprocess.run([*self.builder.compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        nvcc = self.nvcc
         cuda = {"nvcc": nvcc.release, "archs": list(self.settings.archs), "flags": " ".join(NVCC_FLAGS)} if nvcc else None
         return {
             "cpu": self.results["cpu"],

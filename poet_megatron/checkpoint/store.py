@@ -48,7 +48,9 @@ class CheckpointStore:
         return staging
 
     def checksums(self, step: int, rank: int | None = None) -> Checksums:
-        """Size and SHA-256 of the staged files of `step` by name.
+        """Flush staged files of `step` to disk; their sizes and SHA-256 by name.
+
+        Only the machine that wrote a file has it in its page cache, so every rank does this for its own.
 
         Args:
             step: names the checkpoint.
@@ -57,20 +59,23 @@ class CheckpointStore:
         staging = self.staging(step)
         files = {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
         mine = {name: path for name, path in files.items() if rank is None or _writer(name) == rank}
+        for path in mine.values():
+            _fsync(path)
         return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in mine.items()}
 
     def commit(self, step: int, checksums: Checksums | None = None) -> Path:
-        """Write the manifest, fsync the staged files, rename them into place, delete old checkpoints; returns the final directory.
+        """Write the manifest, flush the directories, rename them into place, delete old checkpoints; returns the final directory.
 
         Args:
             step: names the checkpoint.
-            checksums: of all of its files; computed here by default.
+            checksums: of all of its files, which their writers have flushed and which need not be visible here yet; by default the
+                files are flushed and read here.
         """
         staging, final = self.staging(step), self.path(step)
         files = dict(sorted((self.checksums(step) if checksums is None else checksums).items()))
         (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
-        for name in [*files, MANIFEST, ""]:
-            _fsync(staging / name)
+        for path in (staging / MANIFEST, *(entry for entry in staging.rglob("*") if entry.is_dir()), staging):
+            _fsync(path)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)

@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": "turn a run's checkpoint of any parallel layout into a run for one process",
     "export": "write a run's model as a Hugging Face Llama checkpoint",
     "estimate": "parameter counts, shapes and memory per rank of a recipe, without training",
+    "doctor": "versions, processor, and which implementation each POET op uses and why",
 }
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 TRACEBACK_OPTION = "--traceback"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from poet_megatron.config.unsupported import why_unsupported
+
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+        reason = why_unsupported(value)
+        refusal = f", which is not supported: {reason}" if reason else ""
+        raise ValueError(f"{name} is {value!r}{refusal}; choose one of {', '.join(allowed)}")
 
 
 def at_least(name: str, value: float, bound: float) -> None:

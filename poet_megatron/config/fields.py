@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_type_hints
 
 from poet_megatron.config.run import RunConfig
+from poet_megatron.config.unsupported import why_unsupported
 
 NEAREST_CUTOFF = 0.5
 
@@ -46,13 +47,15 @@ def describe_fields() -> list[FieldDoc]:
 
 
 def check_key(key: str, source: str) -> None:
-    """Raise ValueError naming `source` and the nearest valid key unless `key` can be set."""
+    """Raise ValueError naming `source` and the nearest valid key, or why there is none, unless `key` can be set."""
     valid = field_hints()
     if key in valid:
         return
     if key in sections():
         example = next(name for name in valid if name.startswith(f"{key}."))
         raise ValueError(f"{source}: {key} is a section, not a setting; set the keys under it, such as {example}")
+    if reason := why_unsupported(key):
+        raise ValueError(f"{source}: {key} is not supported: {reason}")
     near = nearest(key, [*valid, *sections()])
     hint = f"did you mean {near}?" if near else "`poet-megatron pretrain --help` lists the keys"
     raise ValueError(f"{source}: unknown key {key}; {hint}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -84,7 +85,9 @@ class MegatronEngine(Engine):
         for inner in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             inner.config.clip_grad = clip_grad
         _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm) if grad_norm is not None else 0.0
+        if clip_grad <= 0 and not isinstance(self.optimizer, ChainedOptimizer):  # which has formed it; others do so only to clip by it
+            grad_norm = self.optimizer.get_grad_norm()  # the gradients are there until the next step
+        return float(grad_norm)
 
     def states(self) -> dict[str, AdamState]:
         """See Engine.states."""

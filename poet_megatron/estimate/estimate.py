@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import MegatronModule
 
 from poet_megatron.config.run import RunConfig
 from poet_megatron.estimate.memory import stage_memory, table_1_elements
 from poet_megatron.estimate.profile import ChunkProfile, hidden_shape, profile_chunk
-from poet_megatron.estimate.traffic import Traffic, gradient_traffic, pipeline_traffic, scalar_traffic, summarize
+from poet_megatron.estimate.traffic import Traffic, gradient_traffic, merge_traffic, pipeline_traffic, scalar_traffic, summarize
+from poet_megatron.estimate.zero import zero_memory, zero_traffic
 from poet_megatron.model.build import DTYPES, build_chunks, transformer_config
 from poet_megatron.model.flops import dense_weights, flop_parts
 from poet_megatron.optim.merge import rotated_matrices
@@ -96,8 +98,6 @@ class Estimate:
 def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = True) -> Estimate:
     """Estimate a run on `world_size` processes.
 
-    engine: deepspeed is estimated as Megatron's distributed optimizer, which divides the same state.
-
     Args:
         run: the run.
         world_size: by default WORLD_SIZE of the environment (torchrun), or else a single replica of the model.
@@ -109,9 +109,6 @@ def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = 
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", run.parallel.tensor_parallel * run.parallel.pipeline_parallel))
     check_layout(run, world_size)
-    asked = run
-    if run.engine == "deepspeed":
-        run = dataclasses.replace(run, engine="megatron", parallel=dataclasses.replace(run.parallel, distributed_optimizer=True))
     parallel = run.parallel
     replicas, tokens = data_parallel_size(run, world_size), run.train.global_batch_size * run.model.seq_length
     stages, flops, profiles = [], Counter[str](), dict[tuple[bool, bool], ChunkProfile]()
@@ -122,7 +119,7 @@ def estimate(run: RunConfig, world_size: int | None = None, fused_norms: bool = 
             for part, count in flop_parts(run, chunks, tokens // replicas).items():
                 flops[part] += count * parallel.tensor_parallel * replicas
     dense = 6 * tokens * dense_weights(run) + flops["attention"] + flops["lm_head"]
-    return Estimate(asked, world_size, replicas, micro_batches(run, world_size), count_parameters(run), stages, dict(flops), dense)
+    return Estimate(run, world_size, replicas, micro_batches(run, world_size), count_parameters(run), stages, dict(flops), dense)
 
 
 def communication(run: RunConfig, world_size: int) -> list[Traffic]:
@@ -158,20 +155,28 @@ def _stage(
         own.append(profiles[kind])
     shapes = [(name, tuple(parameter.shape)) for chunk in chunks for name, parameter in chunk.named_parameters()]
     wrapped = wrap_chunks(run.parallel, chunks[0].config, chunks)
-    length, micro, hidden = hidden_shape(run)
-    message_bytes = length * micro * hidden * DTYPES[run.train.precision].itemsize
+    memory, traffic = stage_memory(run, world_size, stage, wrapped, own), _step_traffic(run, world_size, stage, wrapped)
+    if run.engine == "deepspeed":
+        memory |= zero_memory(run, world_size, chunks[0])
+        traffic = zero_traffic(run, world_size, stage, chunks[0])
     return StageEstimate(
         stage=stage,
         layers=[layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers],
         shapes=shapes,
-        memory_bytes=stage_memory(run, world_size, stage, wrapped, own),
-        traffic=[
-            *_layer_traffic(stage, own, micro_batches(run, world_size)),
-            *pipeline_traffic(run, world_size, stage, message_bytes),
-            *gradient_traffic(run, stage, wrapped),
-            *scalar_traffic(run, stage),
-        ],
+        memory_bytes=memory,
+        traffic=[*_layer_traffic(stage, own, micro_batches(run, world_size)), *traffic, *merge_traffic(stage, chunks)],
     )
+
+
+def _step_traffic(run: RunConfig, world_size: int, stage: int, wrapped: Sequence[DistributedDataParallel]) -> list[Traffic]:
+    """What Megatron's engine communicates in a step, beyond the layers."""
+    length, micro, hidden = hidden_shape(run)
+    message_bytes = length * micro * hidden * DTYPES[run.train.precision].itemsize
+    return [
+        *pipeline_traffic(run, world_size, stage, message_bytes),
+        *gradient_traffic(run, stage, wrapped),
+        *scalar_traffic(run, stage),
+    ]
 
 
 def _layer_traffic(stage: int, profiles: Sequence[ChunkProfile], batches: int) -> list[Traffic]:

@@ -26,9 +26,9 @@ PARTS = {
     "frozen W0": "working copy of the matrices that are rotated, in the dtype of training",
     "fp32 master of W0": "what merges are computed on: whole matrices, dealt to the data-parallel ranks; bf16 training only",
     "trainable weights": "skews, embedding, norms, lm_head (method adamw: every weight)",
-    "factors": "increments of the orthogonal factors, the sums of their gradients, permutations, effective weights",
-    "gradients": "fp32, one buffer for all trainable weights",
-    "optimizer": "Adam's two moments, in bf16 also fp32 masters of trainable weights; the distributed optimizer shares them out",
+    "factors": "increments of the factors, sums of their gradients, permutations, effective weights; rotary tables, the gather buffer",
+    "gradients": "fp32, one buffer for all trainable weights; engine deepspeed: its sums and buckets",
+    "optimizer": "Adam's two moments, in bf16 also fp32 masters of trainable weights; the distributed optimizer and ZeRO share them out",
     "activations": "what the layers keep for backward, over the micro-batches in flight",
     "workspace": "beyond those at the peak of one backward pass: logits, gradients of activations, recomputed layers",
 }
@@ -37,7 +37,7 @@ PARTS = {
 def stage_memory(
     run: RunConfig, world_size: int, stage: int, wrapped: Sequence[DistributedDataParallel], profiles: Sequence[ChunkProfile]
 ) -> dict[str, int]:
-    """Bytes by part (see PARTS) of the largest rank of a pipeline stage.
+    """Bytes by part (see PARTS) of the largest rank of a pipeline stage under Megatron's engine (for DeepSpeed's see estimate.zero).
 
     Args:
         run: the run's settings.

@@ -60,7 +60,7 @@ def _counts(found: Estimate) -> str:
 
 def _layout(found: Estimate) -> str:
     parallel = found.run.parallel
-    note = "\nengine deepspeed is counted as Megatron's distributed optimizer" if found.run.engine == "deepspeed" else ""
+    note = f"\nengine deepspeed, ZeRO-{found.run.deepspeed.zero_stage}" if found.run.engine == "deepspeed" else ""
     return (
         f"layout: {found.world_size} rank(s) = {parallel.tensor_parallel} tensor x {parallel.pipeline_parallel} pipeline x "
         f"{found.data_parallel} data; {found.micro_batches} micro-batch(es) of {found.run.train.micro_batch_size} sequences per rank "

@@ -4,9 +4,9 @@ Bytes are those of the whole tensor, as parallel.collectives counts them: of the
 tensor itself otherwise. What crosses the wires depends on the algorithm: a ring moves (n - 1)/n of the bytes per rank for all_gather and
 reduce_scatter, twice that for all_reduce. Groups of a single rank are left out.
 
-The collectives of layers, gradients and parameters are recorded from the real code in a simulated world; pipeline messages and the few
-scalars of a step are counted from the schedule. What happens every few steps (logging, evaluation, checkpoints, comparing replicas before a
-merge) is left out.
+The collectives of layers, gradients and parameters are recorded from the real code in a simulated world; pipeline messages, the few
+scalars of a step and what DeepSpeed does (estimate.zero) are counted from their rules. What happens every few steps (logging, evaluation,
+checkpoints, comparing replicas before a merge) is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from torch import nn
 
 from poet_megatron.config.run import RunConfig
 from poet_megatron.estimate.schedule import messages
@@ -36,7 +37,7 @@ PURPOSES = {
     "factor gradients": "of factors that every tensor-parallel rank holds but only has a partial sum of, once per step",
     "pipeline": "activations to the next stage, their gradients to the one before",
     "gradients": "of trainable weights over the replicas; over tensor-parallel ranks those of norms and factors under sequence parallelism",
-    "parameters": "updated weights, gathered from the shards of the distributed optimizer",
+    "parameters": "updated weights, gathered from the shards of the distributed optimizer, or of ZeRO",
     "scalars": "loss, token counts, gradient norm, whether a signal asked to stop",
     MERGE: "merged weights from the rank that merged them; per merge, not per step",
 }
@@ -90,7 +91,7 @@ def summarize(stage: int, purpose: str, calls: Calls) -> list[Traffic]:
 
 
 def gradient_traffic(run: RunConfig, stage: int, wrapped: Sequence[DistributedDataParallel]) -> list[Traffic]:
-    """Gradients, parameters of the distributed optimizer, and merges of a stage, by issuing them."""
+    """Gradients, and parameters of the distributed optimizer, of a stage, by issuing them."""
     with CollectiveCounter() as gradients:
         for chunk in wrapped:
             if run.parallel.overlap_grad_reduce:  # otherwise finalize_model_grads starts it
@@ -100,10 +101,15 @@ def gradient_traffic(run: RunConfig, stage: int, wrapped: Sequence[DistributedDa
         for chunk in wrapped:
             if run.parallel.distributed_optimizer:
                 chunk.start_param_sync(force_sync=True)
-    with CollectiveCounter() as merge:
-        broadcast_weights(wrapped, parallel_state.get_data_parallel_group())
-    counters = {"gradients": gradients, "parameters": parameters, MERGE: merge}
+    counters = {"gradients": gradients, "parameters": parameters}
     return [entry for purpose, counter in counters.items() for entry in summarize(stage, purpose, count_calls(counter.records))]
+
+
+def merge_traffic(stage: int, chunks: Sequence[nn.Module]) -> list[Traffic]:
+    """A merge of a stage, by issuing its broadcasts."""
+    with CollectiveCounter() as merge:
+        broadcast_weights(chunks, parallel_state.get_data_parallel_group())
+    return summarize(stage, MERGE, count_calls(merge.records))
 
 
 def pipeline_traffic(run: RunConfig, world_size: int, stage: int, message_bytes: int) -> list[Traffic]:
@@ -116,17 +122,22 @@ def pipeline_traffic(run: RunConfig, world_size: int, stage: int, message_bytes:
 def scalar_traffic(run: RunConfig, stage: int) -> list[Traffic]:
     """Token counts (Megatron's finalize_model_grads), gradient norm, loss with the check for finite numbers, and the flag of signals."""
     everyone = tuple(range(dist.get_world_size()))
-    norm_group = everyone if run.parallel.distributed_optimizer else _ranks(parallel_state.get_model_parallel_group())
+    norm_group = everyone if run.parallel.distributed_optimizer else group_ranks(parallel_state.get_model_parallel_group())
     records = [
-        Collective("broadcast", _ranks(parallel_state.get_pipeline_model_parallel_group()), INT32_BYTES),
-        Collective("all_reduce", _ranks(parallel_state.get_data_parallel_group()), INT32_BYTES),
-        Collective("all_reduce", everyone, 3 * FP64_BYTES),
-        Collective("all_reduce", everyone, INT64_BYTES),
+        Collective("broadcast", group_ranks(parallel_state.get_pipeline_model_parallel_group()), INT32_BYTES),
+        Collective("all_reduce", group_ranks(parallel_state.get_data_parallel_group()), INT32_BYTES),
+        Collective("all_reduce", norm_group, FP32_BYTES),
+        *loss_and_stop(),
     ]
-    if run.optim.clip_grad > 0:
-        records.append(Collective("all_reduce", norm_group, FP32_BYTES))
     return summarize(stage, "scalars", count_calls(records))
 
 
-def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+def loss_and_stop() -> list[Collective]:
+    """Loss with the check for finite numbers, and the flag of signals."""
+    everyone = tuple(range(dist.get_world_size()))
+    return [Collective("all_reduce", everyone, 3 * FP64_BYTES), Collective("all_reduce", everyone, INT64_BYTES)]
+
+
+def group_ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Global ranks of a process group, in order."""
     return tuple(dist.get_process_group_ranks(group))

@@ -116,14 +116,14 @@ class Rotation(nn.Module):
         return _Rotate.apply(x, anchor, self, output_side, last)
 
     @torch.no_grad()
-    def diagnostics(self) -> tuple[float, float, float]:
-        """(|G G^T - I|_F^2, |I|_F^2, largest |Q|_2) over the blocks of this factor."""
-        defect, size, norm = 0.0, 0.0, 0.0
-        for q in self.skew_blocks():
-            defect += orthogonality_defect(self.map.increment(q)).item()
-            size += float(q.shape[0] * q.shape[1])
-            norm = max(norm, skew_norm(q).item())
-        return defect, size, norm
+    def diagnostics(self) -> Tensor:
+        """[|G G^T - I|_F^2, |I|_F^2, largest |Q|_2] over the blocks of this factor, float64, on its device: nothing waits for it."""
+        runs = self.skew_blocks()
+        if not runs:
+            return torch.zeros(3, dtype=torch.float64)
+        defect = torch.stack([orthogonality_defect(self.map.increment(q)).double() for q in runs]).sum()
+        norm = torch.stack([skew_norm(q).double() for q in runs]).max()
+        return torch.stack([defect, torch.full_like(defect, sum(q.shape[0] * q.shape[1] for q in runs)), norm])
 
 
 class _Rotate(torch.autograd.Function):

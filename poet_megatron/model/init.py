@@ -6,6 +6,9 @@ N(0, 2 / (in + out)); uniform-spectrum: the polar factor of a Gaussian matrix, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -66,7 +69,19 @@ def initial_weight(gaussian: Tensor, scheme: str, std: float, shape: tuple[int, 
         return gaussian * std
     if scheme == "xavier":
         return gaussian * (2.0 / (in_features + out_features)) ** 0.5
-    return _polar(gaussian.double()).float()
+    with _one_thread():
+        return _polar(gaussian.double()).float()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread, because the bits of an eigendecomposition depend on their number, and torchrun gives each rank one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _polar(matrix: Tensor) -> Tensor:

@@ -52,13 +52,18 @@ def build_plain_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Opt
     """AdamW over named trainable parameters in the groups that build_optimizer makes, for an engine that shards it itself."""
     base = {"max_lr": config.lr, "min_lr": config.lr * config.min_lr_ratio, "wd_mult": 1.0}
     groups: list[dict[str, Any]] = [base, {**base, **_skew_settings(config)}, {**base, "wd_mult": 0.0}]
-    members: list[list[nn.Parameter]] = [[], [], []]
-    for name, parameter in named:
-        members[1 if name.endswith(SKEW_SUFFIX) else 2 if parameter.ndim == 1 else 0].append(parameter)
-    present = [{**group, "params": params} for group, params in zip(groups, members, strict=True) if params]
+    present = [{**group, "params": params} for group, params in zip(groups, plain_groups(named), strict=True) if params]
     device = present[0]["params"][0].device
     betas = (config.beta1, config.beta2)
     return adamw(present, fused_kernels(device.type), lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def plain_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[nn.Parameter]]:
+    """Named trainable parameters by group: matrices and embeddings, skews, one-dimensional ones."""
+    members: list[list[nn.Parameter]] = [[], [], []]
+    for name, parameter in named:
+        members[1 if name.endswith(SKEW_SUFFIX) else 2 if parameter.ndim == 1 else 0].append(parameter)
+    return members
 
 
 def _skew_settings(config: OptimConfig) -> ParamGroupOverride:
@@ -89,5 +94,8 @@ def build_scheduler(optimizer: MegatronOptimizer | torch.optim.Optimizer, config
 
 
 def learning_rates(param_groups: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Current learning rates of an optimizer's groups: {"base": ..., "poet": ...} (poet only if there are skews)."""
-    return {"poet" if "start_wd" in group else "base": float(group["lr"]) for group in param_groups if group["params"]}
+    """Current learning rates of an optimizer's groups: {"base": ..., "poet": ...} (poet only if there are skews).
+
+    Groups of which this rank's shard has no element count too: every rank has all groups, and the schedule sets the rate of each.
+    """
+    return {"poet" if "start_wd" in group else "base": float(group["lr"]) for group in param_groups}

@@ -106,19 +106,19 @@ def set_merge_index(chunks: Sequence[nn.Module], merge_index: int) -> None:
 
 def rotation_health(chunks: Sequence[nn.Module], group: ProcessGroup) -> tuple[float, float]:
     """(e_orth = |G G^T - I|_F / |I|_F over all blocks, largest |Q|_2) of the model that the ranks of `group` make up. Collective."""
-    diagnostics = [
-        module.diagnostics()
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(module, Rotation) and module.skew is not None and param_is_not_tensor_parallel_duplicate(module.skew)
-    ]
+    rotations = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Rotation)]
     device = next(chunks[0].parameters()).device
-    sums = torch.tensor([sum(d[0] for d in diagnostics), sum(d[1] for d in diagnostics)], dtype=torch.float64, device=device)
-    norm = torch.tensor(max((d[2] for d in diagnostics), default=0.0), dtype=torch.float64, device=device)
+    found = torch.stack(
+        [
+            torch.zeros(3, dtype=torch.float64, device=device),
+            *(r.diagnostics() for r in rotations if r.skew is not None and param_is_not_tensor_parallel_duplicate(r.skew)),
+        ]
+    )
+    sums, norm = found[:, :2].sum(dim=0), found[:, 2:].amax(dim=0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
-    defect, size = sums.tolist()
-    return (defect / size) ** 0.5 if size else 0.0, norm.item()
+    defect, size, largest = torch.cat([sums, norm]).tolist()  # the only time that the host waits for the device
+    return (defect / size) ** 0.5 if size else 0.0, largest
 
 
 def clip_threshold(step: int, last_merge: int, clip_grad: float, config: PoetConfig) -> float:

@@ -82,8 +82,7 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
                 config.virtual_stages if config.virtual_stages > 1 else None,
                 distributed_timeout_minutes=config.timeout_minutes,
             )
-            torch.manual_seed(seed)
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            seed_rng(seed)
             data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             yield ParallelContext(dist.get_rank(), dist.get_world_size(), data_rank, data_size, device)
             dist.barrier()  # nobody closes a connection that another rank still reads from
@@ -91,6 +90,13 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
         _leave(device, failed=True)
         raise
     _leave(device, failed=False)
+
+
+def seed_rng(seed: int) -> None:
+    """Seed torch and Megatron's RNG tracker, inside a parallel context."""
+    torch.manual_seed(seed)
+    with cuda_names_on_cpu():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _device() -> torch.device:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from poet_megatron.checkpoint.io import save_checkpoint
@@ -80,6 +82,7 @@ class Loop:
             signal_number = self.stop.agreed(engine.context.device)
             if signal_number or state.step == last or (run.checkpoint.interval and state.step % run.checkpoint.interval == 0):
                 self._save(state)
+                signal_number = signal_number or self.stop.agreed(engine.context.device)  # one that came while saving: all is saved
             if signal_number:
                 return signal_number
         if state.step == run.train.steps:
@@ -96,9 +99,17 @@ class Loop:
             return
         due = poet.merge_interval > 0 and state.step % poet.merge_interval == 0
         if not due and poet.merge_at_skew_norm and state.step % SKEW_CHECK_INTERVAL == 0:
-            due = rotation_health(self.engine.chunks, parallel_state.get_model_parallel_group())[1] > poet.merge_at_skew_norm
+            due = self._skews_too_large()
         if due:
             self._merge(state)
+
+    def _skews_too_large(self) -> bool:
+        """Whether the largest |Q|_2 of any replica is above poet.merge_at_skew_norm. Collective over all ranks, which merge all or none."""
+        group = parallel_state.get_model_parallel_group()
+        norm = rotation_health(self.engine.chunks, group)[1]
+        above = torch.tensor([norm > self.engine.run.poet.merge_at_skew_norm], dtype=torch.int32, device=self.engine.context.device)
+        dist.all_reduce(above, op=dist.ReduceOp.MAX)
+        return bool(above.item())
 
     def _merge(self, state: TrainState) -> None:
         engine = self.engine

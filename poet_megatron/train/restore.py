@@ -17,7 +17,7 @@ from poet_megatron.engine.state import TrainState
 from poet_megatron.errors import UserError
 from poet_megatron.monitor.run_dir import RunDirectory
 from poet_megatron.parallel.config import ParallelConfig
-from poet_megatron.parallel.context import launched_ranks, parallel_context
+from poet_megatron.parallel.context import launched_ranks, parallel_context, seed_rng
 
 
 @contextmanager
@@ -32,12 +32,11 @@ def open_run(path: Path, step: int | None) -> Iterator[tuple[Engine, TrainState]
         UserError: no such run, or no intact checkpoint.
     """
     store = checkpoints(path)
-    newest = store.path(step if step in store.steps() else store.steps()[-1])
-    seed = load_config(newest / CONFIG_NAME).train.seed
-    with parallel_context(ParallelConfig(), seed) as context:
+    with parallel_context(ParallelConfig(), 0) as context:
         chosen = choose_checkpoint(store, "must", context.is_main, step)
         assert chosen is not None
         run = data_parallel_only(load_config(store.path(chosen) / CONFIG_NAME), context.data_size)
+        seed_rng(run.train.seed)
         engine = build_engine(run, context)
         yield engine, load_checkpoint(store.path(chosen), engine, read_common(store.path(chosen)))
 

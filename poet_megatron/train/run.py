@@ -30,6 +30,7 @@ from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
 from poet_megatron.monitor.run_dir import RunDirectory
 from poet_megatron.optim.fused import fused_kernels
 from poet_megatron.parallel.context import ParallelContext, launched_ranks, parallel_context
+from poet_megatron.parallel.host_memory import use_huge_pages
 from poet_megatron.parallel.layout import check_layout
 from poet_megatron.train.evaluate import evaluate
 from poet_megatron.train.loop import Evaluator, Loop
@@ -66,6 +67,8 @@ def pretrain(run: RunConfig) -> int:
     check_layout(run, launched_ranks())  # before ranks wait for each other
     prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     with parallel_context(run.parallel, run.train.seed) as context:
+        if context.device.type == "cpu":
+            use_huge_pages()
         directory = RunDirectory(run.train.run_dir)
         _on_main(context, directory.acquire)
         try:
@@ -93,7 +96,7 @@ def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, pr
     store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
     resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
     run = _with_shard_groups(run, store, resume_step)
-    common = _checked_common(store, resume_step, run)
+    common = _checked_common(store, resume_step, run, context.is_main)
     engine = build_engine(run, context)
     data = _train_batches(run, context, prepared)
     state = TrainState()
@@ -153,8 +156,8 @@ def _final_evaluation_exists(directory: RunDirectory, step: int) -> bool:
     return answer[0]
 
 
-def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) -> dict[str, Any] | None:
-    """Plain part of the checkpoint to continue from; UserError if it belongs to another model."""
+def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig, is_main: bool) -> dict[str, Any] | None:
+    """Plain part of the checkpoint to continue from; UserError if it belongs to another model. Changed settings are named on rank 0."""
     if step is None:
         return None
     path = store.path(step)
@@ -168,7 +171,7 @@ def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig) ->
             f"{path} was written by another model and cannot continue with: {'; '.join(fatal)}. "
             "Undo the change or choose another train.run_dir"
         )
-    if changes:
+    if changes and is_main:
         logger.warning("resuming with changed settings: %s", "; ".join(changes))
     return common
 

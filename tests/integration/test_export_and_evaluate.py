@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_evaluation_before_and_after_are_in_the_metrics(finished):
     ppl = {entry["step"]: entry["eval/ppl"] for entry in entries if "eval/ppl" in entry}
     assert set(ppl) == {0, 15}
     assert ppl[15] < 0.5 * ppl[0]
+
+
+def test_a_checkpoint_that_lost_its_settings_is_passed_over(finished, tmp_path, caplog):
+    """The newest one's config.yaml is gone: the one before it is opened, as training would."""
+    _, run_dir = finished
+    checkpoints = tmp_path / "checkpoints"
+    for step in (14, 15):
+        shutil.copytree(run_dir / "checkpoints" / "step-00000015", checkpoints / f"step-{step:08d}")
+    (checkpoints / "step-00000015" / "config.yaml").unlink()
+    with open_run(tmp_path, None) as (engine, state):
+        assert (engine.run.train.steps, state.step) == (15, 15)  # the copy of step 15
+        assert torch.initial_seed() == engine.run.train.seed
+    assert "step-00000015 is damaged" in caplog.text
 
 
 def test_clear_errors(tmp_path, finished):

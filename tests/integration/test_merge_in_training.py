@@ -10,13 +10,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_dataset
 from poet_megatron.engine.build import build_engine
 from poet_megatron.layers.rotation import Rotation
 from poet_megatron.model.canonical import canonical_slots
-from poet_megatron.optim.merge import clip_threshold, merge_model, rotated_matrices
+from poet_megatron.optim.merge import clip_threshold, merge_model, rotated_matrices, rotation_health
 from poet_megatron.optim.state import MOMENTS
 from poet_megatron.parallel.collectives import CollectiveCounter
 from poet_megatron.parallel.context import parallel_context
@@ -80,10 +81,35 @@ def test_the_model_is_the_same_function_after_a_merge(tiny_run, merge):
     run = tiny_run("run", {"poet.orthogonal_map": orthogonal_map, "poet.merge_polish": polish, "optim.poet_lr": "2e-2"})
     with trained(run, 4) as (engine, data):
         before = eval_loss(engine, data)
-        norm = max(r.diagnostics()[2] for r in engine.chunks[0].modules() if isinstance(r, Rotation))
+        norm = max(r.diagnostics()[2].item() for r in engine.chunks[0].modules() if isinstance(r, Rotation))
         assert norm > 0.1
         merge_now(engine)
         assert torch.allclose(eval_loss(engine, data), before, atol=1e-5, rtol=0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts numbers that the host asks of a device, which waits for all that is queued there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["poet", "adamw"])
+def test_the_health_of_all_factors_is_read_at_once(tiny_run, method):
+    """It is logged with every line: a read per factor would be hundreds of waits for the device."""
+    with trained(tiny_run("run", {"method": method}), 4) as (engine, _):
+        rotations = [module for module in engine.chunks[0].modules() if isinstance(module, Rotation)]
+        defects, sizes, norms = torch.stack([torch.zeros(3), *(rotation.diagnostics() for rotation in rotations)]).T.tolist()
+        with HostReads() as reads:
+            error, norm = rotation_health(engine.chunks, parallel_state.get_model_parallel_group())
+    assert reads.count == 0  # but for one copy of everything
+    assert norm == max(norms) and (norm > 1e-3) == (method == "poet")
+    assert error == pytest.approx((sum(defects) / max(sum(sizes), 1.0)) ** 0.5)
 
 
 def test_exact_polish_keeps_the_spectrum_where_the_series_does_not(tiny_run):

@@ -22,7 +22,7 @@ LAYOUTS = [layout.name for layout in BUILT]
 
 
 def environment() -> dict[str, str]:
-    """No warnings of importing megatron-core, which the command silences; a helper of its checkpointing imports our script again."""
+    """One thread per rank, and no warnings of importing megatron-core, which the command silences and our scripts do not."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:Transformer Engine and Apex"}
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "poet_megatron"
 # A layer may import the ones before it and itself. Settings (<component>/config.py) are the lowest layer of all.
 LAYERS = [
-    {"errors", "config.checks"},
+    {"errors", "config.checks", "config.unsupported"},
     {"ops"},
     {"layers"},
     {"config"},
@@ -31,7 +31,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 def _layer(module: str) -> int:
     """Position of poet_megatron.<module> among the layers."""
-    if module.endswith(".config") or module in ("config.checks", "errors"):
+    if module.endswith(".config") or module in ("config.checks", "config.unsupported", "errors"):
         return 0
     head = module.split(".")[0]
     return next(number for number, names in enumerate(LAYERS) if head in names)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from poet_megatron.checkpoint import store as store_module
 from poet_megatron.checkpoint.safety import check_metadata
 from poet_megatron.checkpoint.store import MANIFEST, CheckpointStore
 from poet_megatron.errors import UserError
@@ -88,6 +89,29 @@ def test_ranks_share_the_checksums(tmp_path):
     assert sum(map(len, shares)) == len(together)
     assert together == store.checksums(5)
     store.commit(5, together)
+    assert store.damage(5) is None
+
+
+def test_a_rank_flushes_what_it_wrote_and_rank_0_what_is_its_own(tmp_path, monkeypatch):
+    """A rank on another machine has its files in its own page cache, and rank 0 may not see their names yet."""
+    flushed: list[str] = []
+    fsync = store_module._fsync
+    monkeypatch.setattr(store_module, "_fsync", lambda path: (flushed.append(path.name), fsync(path)))
+    store = CheckpointStore(tmp_path)
+    staging = store.begin(5)
+    (staging / "tensors").mkdir()
+    for name in ("__0_0.distcp", "__1_0.distcp", "tensors/part"):
+        (staging / name).write_text(name)
+    theirs = store.checksums(5, 1)
+    assert flushed == ["__1_0.distcp"]
+    flushed.clear()
+    ours = store.checksums(5, 0)
+    assert flushed == ["__0_0.distcp", "part"]
+    flushed.clear()
+    (staging / "__1_0.distcp").unlink()  # not visible from here yet
+    final = store.commit(5, theirs | ours)
+    assert sorted(flushed) == sorted([MANIFEST, "tensors", staging.name, tmp_path.name])
+    (final / "__1_0.distcp").write_text("__1_0.distcp")
     assert store.damage(5) is None
 
 

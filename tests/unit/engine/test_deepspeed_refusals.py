@@ -20,7 +20,7 @@ REFUSED = [
     (["--parallel.distributed_optimizer=true"], r"parallel\.distributed_optimizer is true with engine deepspeed.*set it to false"),
     (["--parallel.tensor_parallel=2"], r"parallel\.tensor_parallel x parallel\.pipeline_parallel = 2 x 1.*set both to 1"),
     (["--parallel.pipeline_parallel=2"], r"1 x 2.*set both to 1, or engine to megatron"),
-    (["--engine=fsdp"], r"engine is 'fsdp'; choose one of megatron, deepspeed"),
+    (["--engine=fsdp"], r"engine is 'fsdp', which is not supported: .*W0.*engine deepspeed.*choose one of megatron, deepspeed"),
 ]
 
 

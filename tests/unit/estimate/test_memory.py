@@ -156,12 +156,12 @@ def test_table_1_of_a_model_is_what_its_parts_hold():
 
 
 def test_factors_are_increments_their_gradients_and_permutations():
-    """bf16: an increment in fp32 and cast, the fp32 sum of its gradient; two int64 permutations per side."""
+    """bf16: an increment in fp32 and cast, the fp32 sum of its gradient; two int32 permutations per side."""
     run = make()
     hidden, ffn = run.model.hidden_size, run.model.ffn_hidden_size
     widths = 8 * hidden + 2 * (hidden + ffn) + (ffn + hidden)  # both sides of q, k, v, o; gate, up; down
     blocks = widths * 16  # sum of b^2
-    per_layer = blocks * (4 + 2 + 4) + widths * 2 * 8
+    per_layer = blocks * (4 + 2 + 4) + widths * 2 * 4
     positions = 4 * run.model.head_size * (run.model.seq_length + 1 / 2)  # table of rotary positions and its frequencies
     assert estimated()["factors"] == run.model.num_layers * per_layer + positions
 

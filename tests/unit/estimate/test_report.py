@@ -74,11 +74,13 @@ def test_sizes(count: int, text: str):
     assert _size(count) == text
 
 
-def test_deepspeed_is_counted_as_the_distributed_optimizer(capsys):
-    settings = [*SETTINGS[:-1], "--world-size", "4"]
-    assert cli.main(["estimate", "--json", "--parallel.distributed_optimizer=true", *settings]) == 0
-    expected = json.loads(capsys.readouterr().out)
-    assert cli.main(["estimate", "--json", "--engine=deepspeed", *settings]) == 0
-    assert json.loads(capsys.readouterr().out) == expected
-    assert cli.main(["estimate", "--engine=deepspeed", *settings]) == 0
-    assert "engine deepspeed is counted as" in capsys.readouterr().out
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_deepspeed_is_counted_by_its_own_rules(capsys, stage: str):
+    """All-reduces instead of reduce-scatters, once per step or once per micro-batch."""
+    settings = ["--engine=deepspeed", f"--deepspeed.zero_stage={stage}", *SETTINGS[:-1], "--world-size", "4"]
+    assert cli.main(["estimate", "--json", *settings]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (gradients,) = [entry for entry in found["stages"][0]["traffic"] if entry["purpose"] == "gradients"]
+    assert (gradients["collective"], gradients["calls"]) == ("all_reduce", 1 if stage == "1" else found["micro_batches"])
+    assert cli.main(["estimate", *settings]) == 0
+    assert f"engine deepspeed, ZeRO-{stage}" in capsys.readouterr().out

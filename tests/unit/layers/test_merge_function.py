@@ -207,9 +207,9 @@ def test_a_bf16_master_holds_what_the_weight_lost():
 
 def test_diagnostics_report_defect_and_norm_of_the_blocks():
     layer = PoetLinear.from_linear(dense_layer(), PoetConfig(block_size=16))
-    assert layer.matrix.rotation_in.diagnostics() == (0.0, 64.0, 0.0)
+    assert layer.matrix.rotation_in.diagnostics().tolist() == [0.0, 64.0, 0.0]
     randomize_skews(layer, 0.9)
-    defect, size, norm = layer.matrix.rotation_in.diagnostics()
+    defect, size, norm = layer.matrix.rotation_in.diagnostics().tolist()
     q = skew_unpack(layer.matrix.rotation_in.skew.detach().double().reshape(4, -1), 16)
     eye = torch.eye(16, dtype=torch.float64)
     g = (eye + q) @ (eye + q + q @ q + q @ q @ q + q @ q @ q @ q)
