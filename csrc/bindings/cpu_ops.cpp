@@ -3,15 +3,27 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "cpu/output_pool.h"
 #include "poet_cpu.h"
 
 namespace poet::binding {
 namespace {
 
+/* An uninitialized, contiguous tensor, from the pool if it is large. */
+Tensor pooled_output(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::size_t bytes = dtype == ScalarType::BFloat16 ? 2 : 4;
+  for (const int64_t size : sizes) bytes *= static_cast<std::size_t>(size);
+  void* buffer = bytes < pooled_bytes ? nullptr : take_output(bytes);
+  if (buffer == nullptr) return empty_like_shape(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (std::size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  return torch::stable::from_blob(buffer, sizes, strides, like.device(), dtype, give_output_back);
+}
+
 Tensor permuted_block_product(const Tensor& x, const OptionalTensor& gather, const Tensors& increments, bool transpose,
                               const OptionalTensor& inverse) {
   const Product a = Product::of(x, gather, increments, inverse);
-  const Tensor y = empty_like_shape(x, {a.x.rows, a.x.width}, x.scalar_type());
+  const Tensor y = pooled_output(x, {a.x.rows, a.x.width}, x.scalar_type());
   if (y.numel() == 0) return y;
   const int status = poet_cpu_permuted_product(a.x.dtype, a.x.data(), a.x.ld, a.gather.data(), a.increments.full(), a.increments.ragged(),
                                                a.increments.blocks, transpose, a.inverse.data(), y.mutable_data_ptr(), a.x.width, a.x.rows,
@@ -23,8 +35,10 @@ Tensor permuted_block_product(const Tensor& x, const OptionalTensor& gather, con
 Tensors permuted_block_product_grad(const Tensor& x, const OptionalTensor& gather_x, const Tensor& g, const OptionalTensor& gather_g,
                                     const std::vector<int64_t>& runs) {
   const ProductGrad a = ProductGrad::of(x, gather_x, g, gather_g, runs);
-  const Tensors results = a.results();
-  if (a.empty()) return results;
+  if (a.empty()) return a.results();
+  Tensors results{pooled_output(x, {a.blocks.count, a.blocks.size, a.blocks.size}, ScalarType::Float)};
+  if (runs.size() == 4)
+    results.push_back(pooled_output(x, {a.blocks.ragged_count, a.blocks.ragged_size, a.blocks.ragged_size}, ScalarType::Float));
   auto* full = static_cast<float*>(results[0].mutable_data_ptr());
   auto* ragged = results.size() > 1 ? static_cast<float*>(results[1].mutable_data_ptr()) : nullptr;
   const int status = poet_cpu_permuted_product_grad(a.x.dtype, a.x.data(), a.x.ld, a.gather_x.data(), a.g.data(), a.g.ld, a.gather_g.data(),

@@ -43,6 +43,13 @@ inline std::int64_t packed_size(const Kernels& kernels, std::int64_t k, std::int
   return (n + kernels.panel - 1) / kernels.panel * kernels.panel * k;
 }
 
+/* Asks for memory that is needed soon and that the hardware does not foresee. */
+template <class Element>
+inline void fetch(const Element* piece, std::int64_t elements) {
+  constexpr std::int64_t line = 64 / sizeof(Element);
+  for (std::int64_t i = 0; i < elements; i += line) __builtin_prefetch(piece + i);
+}
+
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;

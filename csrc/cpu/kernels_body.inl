@@ -21,10 +21,13 @@ void pack_f32(const float* b, std::int64_t row, std::int64_t col, std::int64_t k
   }
 }
 
-/* One full-width tile of `rows` x panel_columns. */
+/* One full-width tile of `rows` x panel_columns. `ahead` is what the next tiles will read of B, and is brought nearer meanwhile: an E that
+ * does not fit into the second-level cache comes from the third, whose latency the hardware's own prefetch does not hide. */
 template <int rows>
 inline void tile(std::int64_t k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, const float* init,
-                 std::int64_t ld_init, float* c, std::int64_t ldc) {
+                 std::int64_t ld_init, float* c, std::int64_t ldc, const float* ahead) {
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < 2 * Vec::width; v += 16) __builtin_prefetch(c + i * ldc + v, 1);
   typename Vec::T sum[rows][2];
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < 2; ++v) sum[i][v] = init == nullptr ? Vec::zero() : Vec::load(init + i * ld_init + v * Vec::width);
@@ -32,6 +35,7 @@ inline void tile(std::int64_t k, const float* a, std::int64_t a_row, std::int64_
     const typename Vec::T b0 = Vec::load(b), b1 = Vec::load(b + Vec::width);
     b += panel_columns;
     const float* column = a + p * a_col;
+    if (p % 2 == 0) __builtin_prefetch(ahead + 8 * p, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const typename Vec::T scale = Vec::set(column[i * a_row]);
@@ -48,29 +52,30 @@ constexpr std::int64_t depth = 128;
 
 /* A tile of `columns` < panel_columns goes through a buffer. */
 template <int rows>
-inline void any_tile(const GemmF32& g, std::int64_t i, std::int64_t j) {
+inline void any_tile(const GemmF32& g, std::int64_t i, std::int64_t j, const float* ahead) {
   const std::int64_t columns = g.n - j;
   const float* a = g.a + i * g.a_row;
   const float* b = g.b + j * g.k;
   const float* init = g.init == nullptr ? nullptr : g.init + i * g.ld_init + j;
   float* c = g.c + i * g.ldc + j;
   if (columns >= panel_columns) {
-    tile<rows>(g.k, a, g.a_row, g.a_col, b, init, g.ld_init, c, g.ldc);
+    tile<rows>(g.k, a, g.a_row, g.a_col, b, init, g.ld_init, c, g.ldc, ahead);
     return;
   }
   float buffer[rows * panel_columns] = {};
   if (init != nullptr)
     for (int r = 0; r < rows; ++r) std::memcpy(buffer + r * panel_columns, init + r * g.ld_init, columns * sizeof(float));
-  tile<rows>(g.k, a, g.a_row, g.a_col, b, buffer, panel_columns, buffer, panel_columns);
+  tile<rows>(g.k, a, g.a_row, g.a_col, b, buffer, panel_columns, buffer, panel_columns, ahead);
   for (int r = 0; r < rows; ++r) std::memcpy(c + r * g.ldc, buffer + r * panel_columns, columns * sizeof(float));
 }
 
 /* All rows of one panel of columns. */
 void panel_product(const GemmF32& g, std::int64_t j) {
+  const float* ahead = g.b + j * g.k + g.k * panel_columns; /* packed panels follow each other, also from block to block */
   std::int64_t i = 0;
-  for (; i + tile_rows <= g.m; i += tile_rows) any_tile<tile_rows>(g, i, j);
-  for (; i + 4 <= g.m; i += 4) any_tile<4>(g, i, j);
-  for (; i < g.m; ++i) any_tile<1>(g, i, j);
+  for (; i + tile_rows <= g.m; i += tile_rows, ahead += 8 * g.k) any_tile<tile_rows>(g, i, j, ahead);
+  for (; i + 4 <= g.m; i += 4) any_tile<4>(g, i, j, ahead);
+  for (; i < g.m; ++i) any_tile<1>(g, i, j, ahead);
 }
 
 void gemm_f32(const GemmF32& g) {

@@ -56,7 +56,7 @@ struct Buffers {
 /* x (I + D_in)^T for `count` rows from `first` on, into buffers.y; run by the whole team. */
 void input_side(const Kernels& k, const Call& call, const Buffers& buffers, std::int64_t first, std::int64_t count) {
   const std::int64_t tail = covered(call.blocks_in);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
   for (std::int64_t start = 0; start < count; start += slice) {
     const std::int64_t rows = std::min(slice, count - start), ld = buffers.ld;
     float *x = buffers.x + start * ld, *y = buffers.y + start * ld;
@@ -68,7 +68,7 @@ void input_side(const Kernels& k, const Call& call, const Buffers& buffers, std:
 
 /* (I + E)^T y for one block of rows, into buffers.x; run by the whole team, strips of columns apart. */
 void output_side(const Kernels& k, const Call& call, const Buffers& buffers, const float* e, std::int64_t size, float* packed) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
   for (std::int64_t j = 0; j < call.width; j += strip) {
     const std::int64_t columns = std::min(strip, call.width - j), ld = buffers.ld;
     const float* y = buffers.y + j;
@@ -78,7 +78,7 @@ void output_side(const Kernels& k, const Call& call, const Buffers& buffers, con
 }
 
 void write_rows(const Kernels& k, const Call& call, const float* from, std::int64_t ld, std::int64_t first, std::int64_t count) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
   for (std::int64_t r = 0; r < count; ++r) write_row(k, call, first + r, from + r * ld);
 }
 
@@ -101,7 +101,7 @@ int run(const Call& call) {
     }
 #pragma omp barrier
     if (!out_of_memory) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (std::int64_t index = 0; index < block_count(call.blocks_in); ++index) {
         const Block block = block_at(call.blocks_in, index);
         const float* e = (block.ragged ? call.in_ragged : call.in_full) + block.increment;

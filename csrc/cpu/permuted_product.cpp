@@ -82,7 +82,7 @@ int run_f32(const Call& call) {
       out_of_memory = true;
     }
     float* out = in + rows * ld;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (std::int64_t index = 0; index < block_count(call.blocks); ++index) {
       if (in == nullptr) continue;
       const Block block = block_at(call.blocks, index);
@@ -90,13 +90,16 @@ int run_f32(const Call& call) {
       const std::int64_t row = call.transpose ? 1 : block.size, col = call.transpose ? block.size : 1;
       Io::pack(kernels, e, row, col, block.size, in, packed + packed_offset(kernels, call.blocks, index));
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (in == nullptr) continue;
       const std::int64_t first = chunk * rows, count = std::min(rows, call.tokens - first), tail = covered(call.blocks);
       const auto* x = static_cast<const Element*>(call.x) + first * call.ldx;
       auto* y = static_cast<Element*>(call.y) + first * call.ldy;
-      for (std::int64_t r = 0; r < count; ++r) Io::read(kernels, x + r * call.ldx, call.gather, in + r * ld, call.width);
+      for (std::int64_t r = 0; r < count; ++r) {
+        if (r + 1 < count && call.gather != nullptr) fetch(x + (r + 1) * call.ldx, call.width);
+        Io::read(kernels, x + r * call.ldx, call.gather, in + r * ld, call.width);
+      }
       float* direct = call.inverse == nullptr ? Io::as_f32(y) : nullptr;
       float* target = direct == nullptr ? out : direct;
       const std::int64_t ld_target = direct == nullptr ? ld : call.ldy;
@@ -157,14 +160,14 @@ int run_amx(const Call& call) {
       const std::int64_t whole = std::min(index, call.blocks.count);
       return whole * full + (index - whole) * ragged;
     };
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (std::int64_t index = 0; index < block_count(call.blocks); ++index) {
       const Block block = block_at(call.blocks, index);
       const std::int64_t row = call.transpose ? 1 : block.size, col = call.transpose ? block.size : 1;
       amx::pack(static_cast<const bf16*>(call.increment(block, sizeof(bf16))), row, col, block.size, block.size, packed + offset(index));
     }
     const amx::Session session;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (in == nullptr) continue;
       const std::int64_t first = chunk * rows, count = std::min(rows, call.tokens - first), tail = covered(call.blocks);

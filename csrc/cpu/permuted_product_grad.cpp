@@ -115,6 +115,9 @@ void copy_panels(const Kernels& kernels, const typename Io::Element* in, std::in
   }
 }
 
+/* Rows are far apart: the hardware does not foresee the next one. */
+constexpr std::int64_t ahead = 8;
+
 /* A task copies its columns of X and G to the cache, as fp32, and multiplies there. */
 template <class Io>
 int run_f32(const Call& call) {
@@ -141,23 +144,28 @@ int run_f32(const Call& call) {
     float* b = a + deal.together * chunk * deal.rows;
     for (std::int64_t start = 0; start < call.tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, call.tokens - start);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (std::int64_t t = 0; t < gathered * count; ++t) {
         const Operand<Element>& operand = t < count && left.order != nullptr ? left : right;
         const std::int64_t row = t % count;
         Io::move(kernels, operand.data + (start + row) * operand.ld, operand.order, operand.staged + row * ld, call.width);
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (std::int64_t index = 0; index < deal.tasks(); ++index) {
         if (a == nullptr) continue;
         const Task task = task_at(deal, index);
         const std::int64_t size = task.block.size;
-        for (std::int64_t t = 0; t < count; ++t)
+        for (std::int64_t t = 0; t < count; ++t) {
+          if (t + ahead < count) {
+            fetch(left.at(start + t + ahead, task.block.offset + task.first, start), (task.count - 1) * size + task.rows);
+            fetch(right.at(start + t + ahead, task.block.offset, start), task.count * size);
+          }
           for (std::int64_t k = 0; k < task.count; ++k) {
             const std::int64_t column = task.block.offset + k * size;
             Io::widen(kernels, left.at(start + t, column + task.first, start), a + (k * chunk + t) * deal.rows, task.rows);
             copy_panels<Io>(kernels, right.at(start + t, column, start), size, n, b + k * chunk * panels + t * n, count * n);
           }
+        }
         for (std::int64_t k = 0; k < task.count; ++k) {
           float* c = call.target(task.block) + (k * size + task.first) * size;
           kernels.gemm_f32({task.rows, size, count, a + k * chunk * deal.rows, 1, deal.rows, b + k * chunk * panels,
@@ -215,7 +223,7 @@ int run_amx(const Call& call) {
     const amx::Session session;
     for (std::int64_t start = 0; start < call.tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, call.tokens - start), used = (count + group - 1) / group;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (std::int64_t part = 0; part < gathered * used; ++part) {
         if (a == nullptr) continue;
         const bool is_left = part < used && left.order != nullptr;
@@ -224,13 +232,17 @@ int run_amx(const Call& call) {
         move_rows(kernels, rows, operand.data + (start + first) * operand.ld, operand.ld, operand.order, is_left ? plan_x : plan_g,
                   operand.staged + first * ld, ld, call.width, buffer);
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (std::int64_t index = 0; index < deal.tasks(); ++index) {
         if (a == nullptr) continue;
         const Task task = task_at(deal, index);
         const std::int64_t size = task.block.size;
         for (std::int64_t number = 0; number < used; ++number) {
           const std::int64_t token = start + number * group, rows = std::min(group, call.tokens - token);
+          for (std::int64_t next = token + group; next < std::min(token + 2 * group, start + count); ++next) {
+            fetch(left.at(next, task.block.offset + task.first, start), (task.count - 1) * size + task.rows);
+            fetch(right.at(next, task.block.offset, start), task.count * size);
+          }
           for (std::int64_t k = 0; k < task.count; ++k) {
             const std::int64_t column = task.block.offset + k * size, place = number * amx::elements;
             pack_tiles<amx::pack_left>(left.at(token, column + task.first, start), left.stride(), rows, task.rows, tile_stride,

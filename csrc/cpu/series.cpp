@@ -200,7 +200,7 @@ int for_blocks(std::int64_t count, std::int64_t b, std::int64_t matrices, const 
 #pragma omp atomic write
       out_of_memory = true;
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (std::int64_t i = 0; i < count; ++i) {
       if (memory == nullptr) continue;
       Workspace work(kernels, b);

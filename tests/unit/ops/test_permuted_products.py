@@ -156,3 +156,22 @@ def test_every_instruction_set(isa):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == isa
+
+
+def test_large_results_do_not_share_memory_while_they_live():
+    """Buffers are kept for the next result of that size, but never handed out twice."""
+    x, _, increments, perm = data(2048, 512, [(8, 64)], torch.float32)  # 4 MB
+
+    def product(scale):
+        return permuted_block_product(scale * x, perm.int(), increments, False, None)
+
+    first, second = product(1.0), product(2.0)
+    copy, address = first.clone(), second.data_ptr()
+    kept = second[5:7]  # a view keeps the buffer
+    del second
+    third = product(3.0)
+    assert len({first.data_ptr(), third.data_ptr(), address}) == 3
+    assert torch.equal(first, copy) and torch.equal(kept, 2.0 * copy[5:7])
+    del kept, third
+    assert product(4.0).data_ptr() != first.data_ptr()
+    assert torch.equal(first, copy)
