@@ -62,8 +62,14 @@ class OrthogonalMap:
 EXACT = OrthogonalMap("cayley")
 
 
+NATIVE_CPU_BLOCK = 512
+"""Largest block for the compiled CPU series, which gives a block to one thread; the library's products use all of them."""
+
+
 def _on_native(q: Tensor) -> bool:
-    return q.dtype == torch.float32 and native.native_available(q.device.type)
+    if q.dtype != torch.float32 or (q.device.type == "cpu" and q.shape[-1] > NATIVE_CPU_BLOCK):
+        return False
+    return native.native_available(q.device.type)
 
 
 def _polynomial(q: Tensor, coefficients: list[float]) -> tuple[Tensor, list[Tensor], Tensor]:
