@@ -1,4 +1,6 @@
 /* y = scatter(gather(x) (I + D)), a chunk of rows at a time: gathered into the cache, multiplied block by block, scattered from there. */
+#include <omp.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -35,9 +37,11 @@ struct Call {
   }
 };
 
-std::int64_t chunk_rows(std::int64_t row_bytes, std::int64_t increment_bytes, std::int64_t unit) {
+/* A multiple of `unit`; few enough that every thread has several chunks of narrow rows, too. */
+std::int64_t chunk_rows(std::int64_t tokens, std::int64_t row_bytes, std::int64_t increment_bytes, std::int64_t unit) {
   const std::int64_t bytes = increment_bytes > cached_increments ? long_chunk_bytes : chunk_bytes;
-  return std::max(unit, bytes / row_bytes / unit * unit);
+  const std::int64_t share = tokens / (4 * omp_get_max_threads());
+  return std::max(unit, std::min(bytes / row_bytes, share) / unit * unit);
 }
 
 /* How a dtype is read into fp32 rows and written back. */
@@ -70,7 +74,7 @@ int run_f32(const Call& call) {
   const std::int64_t packed_elements = packed_side_size(kernels, call.blocks);
   float* packed = packed_scratch.get<float>(packed_elements);
   if (packed == nullptr) return POET_OUT_OF_MEMORY;
-  const std::int64_t ld = call.width + line, rows = chunk_rows(ld * sizeof(float), packed_elements * sizeof(float), 12);
+  const std::int64_t ld = call.width + line, rows = chunk_rows(call.tokens, ld * sizeof(float), packed_elements * sizeof(float), 12);
   const std::int64_t chunks = (call.tokens + rows - 1) / rows, side = std::max(call.blocks.size, call.blocks.ragged_size);
   bool out_of_memory = false;
 #pragma omp parallel
@@ -138,7 +142,7 @@ int run_amx(const Call& call) {
   const std::int64_t packed_elements = call.blocks.count * full + call.blocks.ragged_count * ragged;
   bf16* packed = packed_scratch.get<bf16>(packed_elements);
   if (packed == nullptr) return POET_OUT_OF_MEMORY;
-  const std::int64_t ld = amx::round_up(call.width, amx::depth) + line, rows = chunk_rows(ld * sizeof(bf16), packed_elements * sizeof(bf16), amx::pair);
+  const std::int64_t ld = amx::round_up(call.width, amx::depth) + line, rows = chunk_rows(call.tokens, ld * sizeof(bf16), packed_elements * sizeof(bf16), amx::pair);
   const std::int64_t chunks = (call.tokens + rows - 1) / rows, side = std::max(call.blocks.size, call.blocks.ragged_size);
   thread_local Scratch plan_scratch;
   std::int32_t* plan_in = plan_scratch.get<std::int32_t>(2 * gather_plan_size(call.width));
