@@ -10,6 +10,8 @@ from torch import Tensor
 from benchmarks.cuda_toolchain import Blocks
 from poet_megatron.ops.block_product import BlockRun, block_product, block_product_grad
 
+pytest_plugins = ("cuda_fixtures",)
+
 PRODUCT, GRAD = ["block_product.cu", "permute_columns.cu"], "block_product_grad.cu"
 SLOW = [pytest.param(b, marks=pytest.mark.slow) for b in (128, 256)]
 DTYPES = [torch.float32, torch.bfloat16]

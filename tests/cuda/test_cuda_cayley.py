@@ -11,6 +11,8 @@ from torch import Tensor
 
 from poet_megatron.ops.cayley import _polynomial, _polynomial_grad
 
+pytest_plugins = ("cuda_fixtures",)
+
 SOURCE = "cayley.cu"
 SEEDED = [16, 20, 32, 64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)]
 NEUMANN = [0.0, 2.0, 2.0, 2.0, 2.0, 1.0]  # k = 4

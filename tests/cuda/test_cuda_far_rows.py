@@ -18,6 +18,8 @@ from benchmarks.cuda_toolchain import Blocks
 from poet_megatron.ops.block_product import BlockRun, block_product, block_product_grad
 from poet_megatron.ops.merge import merge_output
 
+pytest_plugins = ("cuda_fixtures",)
+
 STRIDE, WIDTH = 2**31 + 64, 64
 NO_RESERVE = 0x4000
 

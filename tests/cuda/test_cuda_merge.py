@@ -11,6 +11,8 @@ from benchmarks.cuda_toolchain import Blocks
 from poet_megatron.ops.block_product import BlockRun
 from poet_megatron.ops.merge import merge_output
 
+pytest_plugins = ("cuda_fixtures",)
+
 SOURCE = "merge_rows.cu"
 
 

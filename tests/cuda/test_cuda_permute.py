@@ -7,6 +7,8 @@ import torch
 from harness import Device, LaunchError, Simulator
 from torch import Tensor
 
+pytest_plugins = ("cuda_fixtures",)
+
 SOURCE = "permute_columns.cu"
 DTYPES = [torch.float32, torch.bfloat16]
 SLOW_FAULT = pytest.param("DIVERGENT_BARRIER", "synccheck", marks=pytest.mark.slow)

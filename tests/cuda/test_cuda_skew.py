@@ -9,6 +9,8 @@ from harness import Device, LaunchError, Simulator
 
 from poet_megatron.ops.skew import packed_length, skew_pack_grad, skew_unpack
 
+pytest_plugins = ("cuda_fixtures",)
+
 SOURCE = "skew.cu"
 SIZES = [1, 2, 16, 20, 32, 64, 100, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow), 300]
 

@@ -1,4 +1,7 @@
-"""Fixtures of the CUDA kernel tests: `device` is every device there is, `simulator` the PTX simulator alone."""
+"""Fixtures of the CUDA kernel tests: `device` is every device there is, `simulator` the PTX simulator alone.
+
+A plugin of each test module, not a conftest: other tests import from the one conftest that there is.
+"""
 
 from __future__ import annotations
 
