@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -15,7 +16,7 @@ namespace {
 class Pool {
  public:
   void* take(std::size_t bytes) {
-    const std::size_t size = (bytes / pooled_bytes + 1) * pooled_bytes;
+    const std::size_t size = (bytes + pooled_bytes - 1) / pooled_bytes * pooled_bytes;
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<void*>& waiting = idle_[size];
     if (!waiting.empty()) {
@@ -36,6 +37,8 @@ class Pool {
   void give_back(void* buffer) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::size_t size = sizes_.at(buffer);
+    for (auto other = idle_.begin(); other != idle_.end() && idle_bytes_ + size > idle_limit; ++other)
+      while (other->first != size && !other->second.empty() && idle_bytes_ + size > idle_limit) release_idle(*other);
     if (idle_bytes_ + size > idle_limit) {
       sizes_.erase(buffer);
       std::free(buffer);
@@ -46,6 +49,15 @@ class Pool {
   }
 
  private:
+  /* Sizes that are no longer asked for make room for those that are. */
+  void release_idle(std::pair<const std::size_t, std::vector<void*>>& waiting) {
+    void* buffer = waiting.second.back();
+    waiting.second.pop_back();
+    idle_bytes_ -= waiting.first;
+    sizes_.erase(buffer);
+    std::free(buffer);
+  }
+
   std::mutex mutex_;
   std::unordered_map<std::size_t, std::vector<void*>> idle_;
   std::unordered_map<void*, std::size_t> sizes_;

@@ -270,6 +270,7 @@ int poet_cpu_permuted_product_grad(int dtype, const void* x, int64_t ldx, const 
   using namespace poet;
   if (tokens < 0 || width < 0 || !fits(blocks, width)) return POET_BAD_SHAPE;
   if (dtype != POET_F32 && dtype != POET_BF16) return POET_BAD_DTYPE;
+  if (covered(blocks) == 0) return POET_OK;
   if (tokens == 0) {
     std::memset(de_full, 0, blocks.count * blocks.size * blocks.size * sizeof(float));
     if (blocks.ragged_count > 0) std::memset(de_ragged, 0, blocks.ragged_count * blocks.ragged_size * blocks.ragged_size * sizeof(float));

@@ -35,7 +35,7 @@ class OrthogonalMap:
     def increment(self, q: Tensor) -> Tensor:
         """E = G(Q) - I for skew q [N, b, b]; same shape and dtype."""
         if self.kind == "cayley-neumann":
-            if _on_native(q):
+            if _on_native(q, self.terms + 1):
                 return torch.ops.poet_native.series_increment(q, self._coefficients())
             return _polynomial(q, self._coefficients())[0]
         if self.kind == "cayley":
@@ -48,7 +48,7 @@ class OrthogonalMap:
         Only dQ - dQ^T, the gradient along skew directions, is the same for every implementation (see `skew_pack_grad`).
         """
         if self.kind == "cayley-neumann":
-            if _on_native(q):
+            if _on_native(q, self.terms + 1):
                 return torch.ops.poet_native.series_grad(q, self._coefficients(), grad_increment)
             return _polynomial_grad(q, self._coefficients(), grad_increment)
         if self.kind == "cayley":
@@ -62,12 +62,15 @@ class OrthogonalMap:
 EXACT = OrthogonalMap("cayley")
 
 
+NATIVE_CPU_DEGREE = 33
+"""Highest degree of the compiled CPU series (max_powers in csrc/cpu/series.cpp)."""
 NATIVE_CPU_BLOCK = 512
 """Largest block for the compiled CPU series, which gives a block to one thread; the library's products use all of them."""
 
 
-def _on_native(q: Tensor) -> bool:
-    if q.dtype != torch.float32 or (q.device.type == "cpu" and q.shape[-1] > NATIVE_CPU_BLOCK):
+def _on_native(q: Tensor, degree: int) -> bool:
+    too_large = q.device.type == "cpu" and (q.shape[-1] > NATIVE_CPU_BLOCK or degree > NATIVE_CPU_DEGREE)
+    if q.dtype != torch.float32 or too_large:
         return False
     return native.native_available(q.device.type)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from poet_megatron.ops.block_product import BlockRun, block_product
 from poet_megatron.ops.permuted_product import adjacent_runs, runs_on_native
 
+NATIVE_CUDA_BLOCK = 4096
+"""Largest output block for the compiled CUDA merge, which holds 8 columns of a block in shared memory (5,088 fit on an A100)."""
+
 
 def merge_into(
     weight: Tensor,
@@ -22,7 +25,8 @@ def merge_into(
 ) -> None:
     """out[rows[i], columns[j]] = Y[i, j] with Y = (I + D_out)^T X (I + D_in)^T and X[i, j] = weight[rows[i], columns[j]].
 
-    Both factors are folded into a weight that stays in its order; compiled kernels read and write it once. The arithmetic is that of the
+    Both factors are folded into a weight that stays in its order. The compiled CPU kernel reads and writes it once; CUDA takes a pass per
+    permutation and side. The arithmetic is that of the
     increments (fp32 at least), the result is rounded once.
 
     Args:
@@ -35,7 +39,8 @@ def merge_into(
         out: [height, width], may be `weight` itself.
     """
     increments = (*increments_in, *increments_out)
-    if runs_on_native(weight) and runs_on_native(out) and all(e.dtype == torch.float32 for e in increments):
+    staged = weight.device.type == "cpu" or all(e.shape[1] <= NATIVE_CUDA_BLOCK for e in increments_out)
+    if staged and runs_on_native(weight) and runs_on_native(out) and all(e.dtype == torch.float32 for e in increments):
         torch.ops.poet_native.merge(weight, rows, columns, inverse_columns, list(increments_in), list(increments_out), out)
         return
     dtype = torch.promote_types(increments[0].dtype if increments else weight.dtype, torch.float32)

@@ -1,8 +1,9 @@
 """The product of activations with one factor: y = scatter(gather(x) (I + Diag(E))), and the gradient of E.
 
 A side of a rotated matrix costs exactly one such product (docs/design.md): the input side gathers x into stored order, the output side
-scatters back into feature order, and the permutations in between are part of the frozen weight. Compiled kernels do all of it in one pass
-over x (csrc/cpu/permuted_product.cpp, csrc/cuda/); the reference is three plain torch steps, and runs in any dtype.
+scatters back into feature order, and the permutations in between are part of the frozen weight. The compiled CPU kernel does all of it in
+one pass over x (csrc/cpu/permuted_product.cpp); CUDA takes a permutation and a product (csrc/cuda/); the reference is three plain torch
+steps, and runs in any dtype.
 """
 
 from __future__ import annotations

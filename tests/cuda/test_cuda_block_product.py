@@ -191,7 +191,8 @@ def test_grad_traffic(simulator: Simulator, dtype: torch.dtype, b: int) -> None:
         loads = "global_load" if "sum_ranges" in kernel["name"] else "cp_async"
         assert kernel[loads]["efficiency"] >= 0.95 and kernel["global_store"]["efficiency"] >= 0.95
         assert kernel["shared"]["bank_conflict_factor"] <= 1.1 or "sum_ranges" in kernel["name"]
-        assert kernel["traffic_over_compulsory"] <= (1.3 if b < 256 else 2.0)
+        # 256 x 256 fp32 sums would fill the register file: a thread block takes half (fp32: a quarter) of dE and reads x or g again.
+        assert kernel["traffic_over_compulsory"] <= (1.3 if b < 256 else 1.45 if dtype == torch.bfloat16 else 1.95)
 
 
 # One class of fault each, planted in all kernels of a build at once; 32 runs specialised kernels, 20 and 24 the general ones. 150 tokens in

@@ -49,6 +49,16 @@ def test_series_and_its_gradient(built, size, degree):
     assert torch.equal(found, -found.mT)
 
 
+@pytest.mark.parametrize(("terms", "size"), [(32, 8), (33, 8), (4, 513)])
+def test_what_the_kernel_does_not_take_runs_on_the_library(built, terms, size):
+    series, q = OrthogonalMap("cayley-neumann", terms), skews(1, size, 0.3)
+    increment, exact = series.increment(q), series.increment(q.double())
+    assert (increment - exact).norm() <= 8 * EPS * exact.norm()
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    found, oracle = series.increment_grad(q, increment, grad), series.increment_grad(q.double(), exact, grad.double())
+    assert (folded(found) - folded(oracle)).norm() <= 16 * EPS * folded(oracle).norm()
+
+
 @pytest.mark.parametrize("size", [1, 2, 10, 32, 33, 64, 256])
 def test_skew_blocks(built, size):
     length = size * (size - 1) // 2

@@ -23,6 +23,8 @@ SHAPES = [
     (1, 16, [(1, 16)]),
     (65, 100, [(3, 32), (1, 3)]),
     (40, 33, [(1, 33)]),
+    (600, 520, [(32, 16), (1, 8)]),  # several blocks in one task of dE
+    (530, 512, [(8, 64)]),
 ]
 WAYS = [(False, True, False), (True, False, True), (True, True, True), (False, False, False)]  # transpose, gather, scatter
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,8 +96,11 @@ def test_products_and_gradients(shape, way, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-def test_results_depend_neither_on_threads_nor_on_alignment(dtype):
-    x, grad, increments, perm = data(530, 300, [(4, 64), (1, 44)], dtype)
+@pytest.mark.parametrize(
+    "shape", [(530, 300, [(4, 64), (1, 44)]), (600, 520, [(32, 16), (1, 8)]), (300, 256, [(1, 256)])], ids=["ragged", "many", "one"]
+)
+def test_results_depend_neither_on_threads_nor_on_alignment(shape, dtype):
+    x, grad, increments, perm = data(*shape, dtype)
     before = torch.get_num_threads()
     try:
         results = []
