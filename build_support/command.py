@@ -22,7 +22,7 @@ from build_support.settings import BuildSettings, SettingError
 from build_support.steps import Step, StepError, run_steps
 from build_support.toolchain import MissingToolError
 
-NAMES = {"cpu": "poet_megatron._poet_cpu", "cuda": "poet_megatron._poet_cuda", "host": "poet_megatron._host"}
+NAMES = {"cpu": "poet_megatron._poet_cpu", "cuda": "poet_megatron._poet_cuda", "host": "poet_megatron._host", "text": "poet_megatron._text"}
 BUILT = "built"
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -80,18 +80,20 @@ class BuildNative(build_ext):
         self.torch = self._find("cpu", toolchain.require_torch)
         self.nvcc = self._find_cuda()
         self.pybind11 = self._find("host", toolchain.find_pybind11)
+        self.results["text"] = self.results["host"]
         self._link_all(self._compile_all())
 
     def _compile_all(self) -> dict[str, list[Path]]:
         """Compile everything there are tools for, the slowest first; returns the objects of each part."""
-        steps: dict[str, list[Step]] = {"cuda": [], "kernels": self.builder.kernels(), "host": [], "cpu": []}
+        steps: dict[str, list[Step]] = {"cuda": [], "kernels": self.builder.kernels(), "host": [], "text": [], "cpu": []}
         if self.torch:
             steps["cpu"] = [self.builder.binding("cpu_ops", self.torch)]
         if self.torch and self.nvcc:
             cuda_kernels = self.builder.cuda_kernels(self.nvcc, self.settings, os.environ.get("CXX"))
             steps["cuda"] = [*cuda_kernels, self.builder.binding("cuda_ops", self.torch)]
         if self.pybind11:
-            steps["host"] = [self.builder.host(self.pybind11)]
+            steps["host"] = [self.builder.module("host", self.pybind11)]
+            steps["text"] = [self.builder.module("text", self.pybind11), *self.builder.text()]
         self.errors = run_steps([step for part in steps.values() for step in part], self.settings.jobs)
         return {part: [step.output for step in part_steps] for part, part_steps in steps.items()}
 
@@ -104,6 +106,7 @@ class BuildNative(build_ext):
         if torch and nvcc:
             self._link("cuda", objects["cuda"], lambda output, inputs: self.builder.link_cuda_ops(output, inputs, torch, nvcc))
         if self.pybind11:
+            self._link("text", objects["text"], self.builder.link_module)
             info = self.builder.build_info(json.dumps(self._info()))
             self.errors |= run_steps([info], 1)
             self._link("host", [*objects["host"], info.output, *archive], self.builder.link_module)
@@ -167,6 +170,7 @@ class BuildNative(build_ext):
         return {
             "cpu": self.results["cpu"],
             "cuda": self.results["cuda"],
+            "text": self.results["text"],
             "compiler": version.partition("\n")[0],
             "flags": " ".join((*CXX_FLAGS, *self.builder.extra)),
             "torch": self.torch.version if self.torch else None,

@@ -3,6 +3,7 @@
 kernels  csrc/cpu/*.cpp                                   an archive, linked into the next two
 cpu      csrc/bindings/cpu_ops.cpp + kernels              poet_megatron/_poet_cpu.so
 host     csrc/bindings/host.cpp + kernels                 poet_megatron/_host.<python's suffix>
+text     csrc/bindings/text.cpp, csrc/text/*.cpp          poet_megatron/_text.<python's suffix>
 cuda     csrc/bindings/cuda_ops.cpp, csrc/cuda/*.cu       poet_megatron/_poet_cuda.so
 """
 
@@ -63,10 +64,14 @@ class Builder:
         """Object of csrc/bindings/<name>.cpp, which sees torch's stable ABI."""
         return self.compile(self.csrc / "bindings" / f"{name}.cpp", *BINDING_FLAGS, "-isystem", str(torch.include))
 
-    def host(self, pybind11: Path) -> Step:
-        """Object of the Python module."""
+    def text(self) -> list[Step]:
+        """Objects of the tokenizer's inner loop, which knows no Python."""
+        return [self.compile(source, "-fvisibility=hidden") for source in sorted((self.csrc / "text").glob("*.cpp"))]
+
+    def module(self, name: str, pybind11: Path) -> Step:
+        """Object of csrc/bindings/<name>.cpp, a Python module."""
         headers = ("-isystem", str(pybind11), "-isystem", sysconfig.get_path("include"))
-        return self.compile(self.csrc / "bindings" / "host.cpp", "-fvisibility=hidden", *headers)
+        return self.compile(self.csrc / "bindings" / f"{name}.cpp", "-fvisibility=hidden", *headers)
 
     def build_info(self, text: str) -> Step:
         """Object that holds `text` as poet_build_info."""

@@ -19,7 +19,19 @@ from pathlib import Path
 from build_support.settings import LOWEST_TORCH
 
 NO_COMPILER = "no working C++ compiler (c++, or that of CXX); on Debian and Ubuntu: apt install g++"
-PROBE = "#include <omp.h>\n#if __cplusplus < 202002L\n#error\n#endif\nint main() { return omp_get_max_threads() < 0; }\n"
+PROBE = """
+#include <omp.h>
+#if __cplusplus < 202002L
+#error
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,amx-tile,amx-bf16,avx512bf16")
+__m512 twice(__m512 x) { return _mm512_add_ps(x, x); }
+#endif
+int main() { return omp_get_max_threads() < 0; }
+"""
+"""On x86-64 the kernels choose their targets by a pragma that GCC has from version 11 on, and clang ignores."""
 
 
 class MissingToolError(RuntimeError):

@@ -50,7 +50,7 @@ def skip_reason(text: str) -> str | None:
     return None
 
 
-def expand(patterns: Iterable[str]) -> list[Path]:
+def expand(patterns: Iterable[str], suffixes: tuple[str, ...] = JSON_SUFFIXES + TEXT_SUFFIXES) -> list[Path]:
     """Files named by paths and globs, each once, globs in sorted order; a pattern without a readable, non-empty file is an error."""
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -59,17 +59,17 @@ def expand(patterns: Iterable[str]) -> list[Path]:
         if not matches:
             raise UserError(f"input {pattern} matches no file: check the path (quote globs so that the shell does not expand them)")
         for match in matches:
-            files[_checked(Path(match))] = None
+            files[_checked(Path(match), suffixes)] = None
     if not files:
         raise UserError("no input files were given: name at least one .jsonl, .json.gz or .txt file")
     return list(files)
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, suffixes: tuple[str, ...]) -> Path:
     if path.is_dir():
         raise UserError(f"input {path} is a folder: name its files, for example '{path}/*.json.gz'")
-    if not path.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
-        raise UserError(f"input {path} has an unknown ending: use one of {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}")
+    if not path.name.endswith(suffixes):
+        raise UserError(f"input {path} has an unknown ending: use one of {', '.join(suffixes)}")
     if path.stat().st_size == 0:
         raise UserError(f"input {path} is empty (0 bytes): remove it from --input or download it again")
     return path.resolve()

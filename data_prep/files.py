@@ -9,8 +9,8 @@ from typing import IO
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name; in the same folder, so that renaming is atomic."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where a file is written before it gets its name: in the same folder, so that renaming is atomic; another process has another one."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
 def publish(stream: IO[bytes], temporary: Path, path: Path) -> None:

@@ -6,6 +6,7 @@ pointers, int64 document boundaries. Written here without megatron-core, whose m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 from array import array
@@ -22,6 +23,7 @@ from poet_megatron.errors import UserError
 
 HEADER = b"MMIDIDX\x00\x00"
 DTYPE_CODES: dict[type[np.integer], int] = {np.uint16: 8, np.int32: 4}
+HEADER_BYTES = len(HEADER) + struct.calcsize("<QBQQ")
 UINT16_VOCAB = 65500
 """Megatron stores vocabularies below this as uint16."""
 
@@ -61,11 +63,17 @@ class IndexedWriter:
         """Append one document, which must have a token."""
         if not ids:
             raise ValueError("a document without tokens cannot be indexed: skip it")
-        content = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.add_batch(np.asarray(ids, dtype=self.dtype), np.array([len(ids)], np.int32))
+
+    def add_batch(self, ids: npt.NDArray[np.integer], lengths: npt.NDArray[np.int32]) -> None:
+        """Append documents whose tokens stand end to end in `ids`, in this writer's dtype; each must have a token."""
+        if ids.dtype != self.dtype or len(ids) != lengths.sum(dtype=np.int64) or (len(lengths) and lengths.min() < 1):
+            raise ValueError(f"{len(ids)} ids of {ids.dtype} do not make documents of {self.dtype.__name__} with the lengths given")
+        content = ids.tobytes()
         self._bin.write(content)
         self._digest.update(content)
-        self._lengths.append(len(ids))
-        self.documents += 1
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.documents += len(lengths)
         self.tokens += len(ids)
 
     def __enter__(self) -> IndexedWriter:
@@ -77,7 +85,8 @@ class IndexedWriter:
                 publish(self._bin, self._temporary, bin_path(self.prefix))
                 self._write_index()
         finally:
-            self._bin.close()
+            with contextlib.suppress(OSError):  # a full disk, which the exception under way tells of
+                self._bin.close()
             self._temporary.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
@@ -116,7 +125,7 @@ def read_indexed(prefix: Path) -> IndexedTokens:
         stored = bin_path(prefix).stat().st_size
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): run poet-megatron prepare again") from error
-    head = len(HEADER) + struct.calcsize("<QBQQ")
+    head = HEADER_BYTES
     if len(content) < head or content[: len(HEADER)] != HEADER:
         raise UserError(f"{idx_path(prefix)} is not a Megatron index (wrong or short header): run poet-megatron prepare again")
     _, code, count, _ = struct.unpack_from("<QBQQ", content, len(HEADER))

@@ -64,6 +64,8 @@ class Manifest:
     skipped: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What `prepare merge` adds: settings, filters, lengths, and the counts of each part with the positions of skipped records."""
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder` atomically."""

@@ -3,7 +3,7 @@ r"""Training and using a SentencePiece tokenizer whose ids survive a conversion 
 Options of the models trained here, and why:
 
 - BPE with byte fallback: every text has tokens, and `LlamaTokenizer`, itself a BPE with byte fallback, can hold it
-  (it cannot hold a unigram model).
+  (it cannot hold a unigram model, which `prepare train-tokenizer --model unigram` trains for data that is not exported with it).
 - `normalization_rule_name=identity`, `remove_extra_whitespaces=False`: newlines, tabs and runs of spaces survive a round trip. Only
   U+2581, SentencePiece's own space mark, decodes to a space.
 - `add_dummy_prefix=False`: SentencePiece puts its prefix before every text, Hugging Face's Metaspace only before texts that do not begin
@@ -49,6 +49,7 @@ class Tokenizer:
         self.model = model
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
+        self.bos_id: int = self._processor.bos_id()
         self.sha256 = hashlib.sha256(model).hexdigest()
         if self.eos_id < 0:
             raise UserError(f"{origin} has no end-of-sequence token, which separates documents: use a model trained with eos_id >= 0")
@@ -77,8 +78,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(model, str(path))
 
 
-def train_tokenizer(texts: Iterable[str], output: Path, vocab_size: int, max_bytes: int = MAX_TRAIN_BYTES) -> Tokenizer:
-    """Learn a vocabulary of exactly `vocab_size` from `texts`, write it to `output` and return it."""
+def train_tokenizer(
+    texts: Iterable[str], output: Path, vocab_size: int, max_bytes: int = MAX_TRAIN_BYTES, model_type: str = "bpe"
+) -> Tokenizer:
+    """Learn a vocabulary of exactly `vocab_size` from `texts`, write it to `output` and return it; `model_type` is bpe or unigram."""
     import sentencepiece
 
     if vocab_size < SMALLEST_VOCAB:
@@ -89,7 +92,7 @@ def train_tokenizer(texts: Iterable[str], output: Path, vocab_size: int, max_byt
             sentence_iterator=_limited(texts, max_bytes),
             model_writer=model,
             vocab_size=vocab_size,
-            **_options(),
+            **_options(model_type),
         )
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocab_size)) from error
@@ -97,9 +100,9 @@ def train_tokenizer(texts: Iterable[str], output: Path, vocab_size: int, max_byt
     return Tokenizer(model.getvalue(), str(output))
 
 
-def _options() -> dict[str, Any]:
+def _options(model_type: str) -> dict[str, Any]:
     return {
-        "model_type": "bpe",
+        "model_type": model_type,
         "byte_fallback": True,
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,

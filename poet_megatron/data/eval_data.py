@@ -9,16 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from data_prep.indexed import read_indexed
-from poet_megatron.data.batch import Batch, default_device, stack
+from poet_megatron.data.batch import Batch, Tokens, default_device, padded, stack
 from poet_megatron.errors import UserError
-
-Tokens = npt.NDArray[np.int64]
-FILLER = 0
-"""Token at places whose loss is masked."""
 
 
 class EvalBatches:
@@ -55,12 +50,7 @@ class EvalBatches:
         """One padded sequence; inputs and labels have the same length, at most seq_length."""
         nothing = np.zeros(0, np.int64)
         inputs, labels = self._load(index) if index < self._count else (nothing, nothing)
-        padded = np.full((2, self._seq_length), FILLER, np.int64)
-        padded[0, : len(inputs)], padded[1, : len(labels)] = inputs, labels
-        mask = torch.zeros(self._seq_length)
-        mask[: len(labels)] = 1.0
-        tokens, targets = torch.from_numpy(padded)
-        return {"tokens": tokens, "labels": targets, "loss_mask": mask, "position_ids": torch.arange(self._seq_length)}
+        return padded(inputs, labels, self._seq_length)
 
 
 def packed_eval_batches(

@@ -1,4 +1,4 @@
-"""Training sequences through megatron-core's GPTDataset, and the cache of its sample index.
+"""Packed training sequences through megatron-core's GPTDataset, and the cache of its sample index and of blends.
 
 The cache is built by global rank 0 in a temporary folder and renamed, so that it is complete or absent, and its name is a hash of
 everything it depends on, the content of train.bin included (Megatron's own key has only its path).
@@ -12,14 +12,16 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from poet_megatron.data.blend import BlendIndex
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.errors import UserError
 
@@ -40,8 +42,7 @@ def build_train_dataset(data: PreparedData, *, seq_length: int, samples: int, se
     Up to one epoch, no token is a label twice. The order depends on seed, seq_length, the data and how many epochs `samples` needs.
     """
     content = data.manifest.splits["train"].bin_sha256
-    key = json.dumps([content, seq_length, samples, seed, importlib.metadata.version("megatron-core")])
-    folder = Path(cache or data.path / "cache") / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder = _folder(cache or data.path / "cache", [content, seq_length, samples, seed])
 
     def open_with(path: Path) -> GPTDataset:
         config = GPTDatasetConfig(
@@ -64,13 +65,27 @@ def build_train_dataset(data: PreparedData, *, seq_length: int, samples: int, se
     return open_with(folder)
 
 
-def _build(folder: Path, open_with: Callable[[Path], GPTDataset]) -> None:
+def build_blend_index(weights: Sequence[float], samples: int, cache: str | Path) -> BlendIndex:
+    """Deal out sequences to corpora; cached and collective like `build_train_dataset`."""
+    folder = _folder(cache, ["blend", list(weights), samples])
+    _on_rank_zero(lambda: _build(folder, BlendIndex.build(weights, samples).save))
+    _check(folder)
+    return BlendIndex.load(folder)
+
+
+def _folder(cache: str | Path, facts: list[Any]) -> Path:
+    """Name of the cache of an index that is a function of `facts`."""
+    key = json.dumps([*facts, importlib.metadata.version("megatron-core")])
+    return Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _build(folder: Path, write: Callable[[Path], object]) -> None:
     if folder.exists():
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        open_with(temporary)
+        write(temporary)
         temporary.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another run was faster

@@ -7,7 +7,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch.distributed as dist
@@ -18,9 +18,10 @@ from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import diff_configs, flat_values, to_yaml
 from poet_megatron.config.load import load_config
 from poet_megatron.config.run import RunConfig
+from poet_megatron.data.corpora import Corpus, open_corpora, resolve_data
 from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
 from poet_megatron.data.prepared import PreparedData
-from poet_megatron.data.train_data import TrainBatches, build_train_dataset
+from poet_megatron.data.train_data import TrainBatches, build_train_sequences, describe
 from poet_megatron.engine.base import Engine
 from poet_megatron.engine.build import build_engine
 from poet_megatron.engine.state import TrainState
@@ -65,6 +66,7 @@ def pretrain(run: RunConfig) -> int:
         raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
     run = _resolved(run)
     check_layout(run, launched_ranks())  # before ranks wait for each other
+    corpora = open_corpora(run.data, run.model.vocab_size, run.model.seq_length)
     prepared = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     with parallel_context(run.parallel, run.train.seed) as context:
         if context.device.type == "cpu":
@@ -72,7 +74,7 @@ def pretrain(run: RunConfig) -> int:
         directory = RunDirectory(run.train.run_dir)
         _on_main(context, directory.acquire)
         try:
-            return _train(run, context, directory, prepared)
+            return _train(run, context, directory, prepared, corpora)
         finally:
             if context.is_main:
                 directory.release()
@@ -80,8 +82,7 @@ def pretrain(run: RunConfig) -> int:
 
 def _resolved(run: RunConfig) -> RunConfig:
     """Settings as checkpoints keep them: absolute paths, for commands started in another folder."""
-    data = {name: str(Path(value).resolve()) for name in ("path", "cache") if (value := getattr(run.data, name))}
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+    return dataclasses.replace(run, data=resolve_data(run.data))
 
 
 def _with_shard_groups(run: RunConfig, store: CheckpointStore, resume_step: int | None) -> RunConfig:
@@ -92,13 +93,13 @@ def _with_shard_groups(run: RunConfig, store: CheckpointStore, resume_step: int 
     return dataclasses.replace(run, poet=dataclasses.replace(run.poet, shard_groups=saved or run.parallel.tensor_parallel))
 
 
-def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData) -> int:
+def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData, corpora: tuple[Corpus, ...]) -> int:
     store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
     resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
     run = _with_shard_groups(run, store, resume_step)
     common = _checked_common(store, resume_step, run, context.is_main)
     engine = build_engine(run, context)
-    data = _train_batches(run, context, prepared)
+    data = _train_batches(run, context, corpora)
     state = TrainState()
     if common is not None and resume_step is not None:
         state = load_checkpoint(store.path(resume_step), engine, common)
@@ -107,10 +108,12 @@ def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, pr
         directory.write_config(to_yaml(run))
         directory.write_run_info()
         shutil.copyfile(prepared.tokenizer_path, directory.path / prepared.tokenizer_path.name)
-    with MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
+    with closing(data), MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
         metrics.rewind(state.step)
         reporter = Reporter(engine, metrics, state.step)
         _announce(run, engine, reporter, state, directory)
+        for line in describe(data.dataset, corpora):
+            reporter.note(line)
         with stop_on_signals() as stop:
             loop = Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, stop)
             if state.step >= run.train.steps:
@@ -125,10 +128,10 @@ def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, pr
     return 0
 
 
-def _train_batches(run: RunConfig, context: ParallelContext, prepared: PreparedData) -> TrainBatches:
-    cache = Path(run.data.cache) if run.data.cache else prepared.path / "cache"
-    dataset = build_train_dataset(
-        prepared, seq_length=run.model.seq_length, samples=run.train.steps * run.train.global_batch_size, seed=run.train.seed, cache=cache
+def _train_batches(run: RunConfig, context: ParallelContext, corpora: tuple[Corpus, ...]) -> TrainBatches:
+    samples = run.train.steps * run.train.global_batch_size
+    dataset = build_train_sequences(
+        corpora, run.data.protocol, seq_length=run.model.seq_length, samples=samples, seed=run.train.seed, cache=run.data.cache
     )
     return TrainBatches(
         dataset,
@@ -137,6 +140,7 @@ def _train_batches(run: RunConfig, context: ParallelContext, prepared: PreparedD
         dp_size=context.data_size,
         global_batch_size=run.train.global_batch_size,
         device=context.device,
+        prefetch=run.data.prefetch,
     )
 
 

@@ -64,8 +64,8 @@ def test_parts_by_setting() -> None:
         return [part for part, name in NAMES.items() if name in names]
 
     assert parts(native="0") == []
-    assert parts(cuda="0") == ["cpu", "host"]
-    assert parts() == ["cpu", "cuda", "host"]
+    assert parts(cuda="0") == ["cpu", "host", "text"]
+    assert parts() == ["cpu", "cuda", "host", "text"]
     assert all(extension.optional for extension in extensions(BuildSettings()))
 
 

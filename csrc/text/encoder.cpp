@@ -1,0 +1,213 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <exception>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "utf8.h"
+
+namespace poet::text {
+namespace {
+
+constexpr int joint_bits = 19;
+
+}  // namespace
+
+/* A workspace for as long as a call lasts: calls from several threads get different ones. */
+class Encoder::Lease {
+ public:
+  explicit Lease(const Encoder* encoder) : encoder_(encoder) {
+    const std::lock_guard lock(encoder->mutex_);
+    if (!encoder->idle_.empty()) {
+      workspace_ = std::move(encoder->idle_.back());
+      encoder->idle_.pop_back();
+    }
+    if (!workspace_) workspace_ = std::make_unique<Workspace>();
+  }
+  ~Lease() {
+    const std::lock_guard lock(encoder_->mutex_);
+    try {
+      encoder_->idle_.push_back(std::move(workspace_));
+    } catch (const std::bad_alloc&) { /* the next call makes a new one */
+    }
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  Workspace* get() const { return workspace_.get(); }
+
+ private:
+  const Encoder* encoder_;
+  std::unique_ptr<Workspace> workspace_;
+};
+
+Encoder::Encoder(Model model, Normalizer normalizer)
+    : model_(std::move(model)), normalizer_(std::move(normalizer)), merges_(model_.pieces), joints_(std::size_t{1} << joint_bits) {
+  add_joints();
+  model_.pieces = {};
+}
+
+std::size_t Encoder::joint_of(std::uint32_t left, std::uint32_t right) {
+  return static_cast<std::size_t>((std::uint64_t{left} << 32 | right) * 0x9e3779b97f4a7c15u >> (64 - joint_bits));
+}
+
+void Encoder::add_joints() {
+  for (const Piece& piece : model_.pieces) {
+    std::uint32_t left = 0;
+    for (std::size_t at = 0; at < piece.text.size();) {
+      int bytes = 0;
+      const std::uint32_t right = character(piece.text.data() + at, &bytes);
+      if (at > 0 && !(model_.split_at_every_space && right == ' ')) {
+        if (left < 128 && right < 128) {
+          ascii_joints_[left << 7 | right] = true;
+        } else {
+          joints_[joint_of(left, right)] = true;
+        }
+      }
+      left = right;
+      at += static_cast<std::size_t>(bytes);
+    }
+  }
+}
+
+inline bool Encoder::joined(std::uint32_t left, std::uint32_t right) const {
+  return (left | right) < 128 ? ascii_joints_[left << 7 | right] : joints_[joint_of(left, right)];
+}
+
+void Encoder::encode(const std::vector<std::string_view>& texts, int threads, std::vector<std::int32_t>* ids, std::int64_t* ends) const {
+  if (threads <= 1 || texts.size() < 2) {
+    const Lease lease(this);
+    encode_some(texts.data(), texts.size(), lease.get(), ids, ends);
+    return;
+  }
+  std::size_t bytes = 0;
+  for (const std::string_view text : texts) bytes += text.size();
+  const auto parts = static_cast<std::size_t>(threads);
+  std::vector<std::size_t> starts; /* of parts of about as many bytes each */
+  std::size_t seen = 0;
+  for (std::size_t i = 0; i < texts.size(); seen += texts[i++].size())
+    while (starts.size() < parts && starts.size() * bytes <= seen * parts) starts.push_back(i);
+  starts.resize(parts + 1, texts.size());
+  std::vector<std::vector<std::int32_t>> part_ids(parts);
+  std::vector<std::exception_ptr> errors(parts);
+  const auto run = [&](std::size_t part) noexcept {
+    try {
+      const Lease lease(this);
+      encode_some(texts.data() + starts[part], starts[part + 1] - starts[part], lease.get(), &part_ids[part], ends + starts[part]);
+    } catch (...) {
+      errors[part] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> others;
+  others.reserve(parts - 1);
+  std::size_t started = 1;
+  try {
+    for (; started < parts; ++started) others.emplace_back(run, started);
+  } catch (const std::exception&) { /* no more threads to be had: this one does what is left */
+  }
+  run(0);
+  for (std::size_t part = started; part < parts; ++part) run(part);
+  for (std::thread& thread : others) thread.join();
+  for (std::size_t part = 0; part < parts; ++part) {
+    if (errors[part]) std::rethrow_exception(errors[part]);
+    for (std::size_t i = starts[part]; i < starts[part + 1]; ++i) ends[i] += static_cast<std::int64_t>(ids->size());
+    ids->insert(ids->end(), part_ids[part].begin(), part_ids[part].end());
+  }
+}
+
+void Encoder::encode_some(const std::string_view* texts, std::size_t count, Workspace* workspace, std::vector<std::int32_t>* ids,
+                          std::int64_t* ends) const {
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < count; ++i) bytes += texts[i].size();
+  ids->reserve(ids->size() + bytes / 3);
+  for (std::size_t i = 0; i < count; ++i) {
+    encode_text(texts[i], workspace, ids);
+    ends[i] = static_cast<std::int64_t>(ids->size());
+  }
+}
+
+void Encoder::encode_text(std::string_view text, Workspace* workspace, std::vector<std::int32_t>* ids) const {
+  normalizer_.run(text, &workspace->normalized);
+  std::string_view rest = workspace->normalized;
+  const std::size_t start = ids->size();
+  std::size_t checked = start; /* a run of unknown ids is one, also across words, but not across texts */
+  while (!rest.empty()) {
+    std::int32_t id = 0;
+    std::size_t length = model_.user_defined.empty() ? 0 : model_.user_defined.match(rest, &id);
+    if (length > 0) {
+      ids->push_back(id);
+    } else {
+      length = word_length(rest);
+      encode_word(rest.substr(0, length), workspace, ids);
+    }
+    rest.remove_prefix(length);
+    if (!model_.byte_ids.empty()) continue;
+    std::size_t kept = checked;
+    for (std::size_t i = checked; i < ids->size(); ++i)
+      if ((*ids)[i] != model_.unknown_id || kept == start || (*ids)[kept - 1] != model_.unknown_id) (*ids)[kept++] = (*ids)[i];
+    ids->resize(kept);
+    checked = kept;
+  }
+}
+
+/* Length of the word that the text begins with. */
+std::size_t Encoder::word_length(std::string_view text) const {
+  int bytes = 0;
+  std::uint32_t left = character(text.data(), &bytes);
+  std::size_t at = static_cast<std::size_t>(bytes);
+  const bool symbols = !model_.user_defined.empty();
+  while (at < text.size()) {
+    const std::uint32_t right = character(text.data() + at, &bytes);
+    std::int32_t id = 0;
+    if (!joined(left, right) || (symbols && model_.user_defined.match(text.substr(at), &id) > 0)) break;
+    left = right;
+    at += static_cast<std::size_t>(bytes);
+  }
+  return at;
+}
+
+void Encoder::encode_word(std::string_view word, Workspace* workspace, std::vector<std::int32_t>* ids) const {
+  if (word.size() > WordCache::longest) {
+    merge_word(word, workspace, ids);
+    return;
+  }
+  bool found = false;
+  WordCache::Entry& entry = workspace->cache.look_up(word, &found);
+  if (found && entry.count > 0) {
+    ids->insert(ids->end(), entry.ids.data(), entry.ids.data() + entry.count);
+    return;
+  }
+  const std::size_t before = ids->size();
+  merge_word(word, workspace, ids);
+  const std::size_t count = ids->size() - before;
+  if (count > WordCache::most) return;
+  std::copy(ids->begin() + static_cast<std::ptrdiff_t>(before), ids->end(), entry.ids.begin());
+  entry.count = static_cast<std::int32_t>(count);
+}
+
+void Encoder::merge_word(std::string_view word, Workspace* workspace, std::vector<std::int32_t>* ids) const {
+  if (word.size() > std::numeric_limits<std::int32_t>::max()) throw std::length_error("a word of more than 2 GiB");
+  merges_.apply(word, &workspace->parts);
+  for (const Part& part : workspace->parts) {
+    const std::int32_t id = part.symbol < 0 ? -1 : merges_.id(part.symbol);
+    if (id >= 0) {
+      ids->push_back(id);
+    } else {
+      add_unknown(word.substr(static_cast<std::size_t>(part.begin), static_cast<std::size_t>(part.end - part.begin)), ids);
+    }
+  }
+}
+
+void Encoder::add_unknown(std::string_view character, std::vector<std::int32_t>* ids) const {
+  if (model_.byte_ids.empty()) {
+    ids->push_back(model_.unknown_id);
+    return;
+  }
+  for (const char byte : character == " " ? space_mark : character) ids->push_back(model_.byte_ids[static_cast<unsigned char>(byte)]);
+}
+
+}  // namespace poet::text
