@@ -7,7 +7,6 @@ tokens for the products and on all blocks of a side for the factors. A ratio bel
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.layer import DTYPES
-from benchmarks.machine import Machine, command_line
+from benchmarks.machine import Machine
+from benchmarks.report import report
 from benchmarks.timing import Progress, Spread, interleave, stopwatch
 from poet_megatron.ops import native
 from poet_megatron.ops.cayley import OrthogonalMap
@@ -156,11 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(case, args.repeats))
         progress.advance(1, f"{case.op}, {case.width}, b = {case.block_size}, {case.dtype}")
     progress.close()
-    content = {"command": command_line("benchmarks.kernels"), "machine": machine.to_dict(), "results": rows}
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(content, indent=1) if args.json else f"{content['command']}\n{machine.to_text()}\n\n{table(rows)}")
+    report("benchmarks.kernels", machine, rows, table, as_json=args.json, output=args.output)
     return 0
 
 

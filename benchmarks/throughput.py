@@ -8,7 +8,6 @@ their mean: above 1 means that POET trains more tokens per second.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Machine, command_line
+from benchmarks.machine import Machine
+from benchmarks.report import report
 from benchmarks.timing import Progress, Run, Samples, Spread, interleave, stopwatch
 from poet_megatron.config.load import load_config
 from poet_megatron.data.batch import Batch
@@ -146,11 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress(len(args.models) * (len(METHODS) - 1) * (args.repeats + 1))
     rows = [found for name in args.models for found in measure(name, args.precision, args.repeats, progress)]
     progress.close()
-    content = {"command": command_line("benchmarks.throughput"), "machine": machine.to_dict(), "results": rows}
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(content, indent=1) if args.json else f"{content['command']}\n{machine.to_text()}\n\n{table(rows)}")
+    report("benchmarks.throughput", machine, rows, table, as_json=args.json, output=args.output)
     return 0
 
 

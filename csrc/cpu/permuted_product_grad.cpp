@@ -16,7 +16,7 @@
 namespace poet {
 namespace {
 
-constexpr std::int64_t group = 32; /* tokens gathered at a time */
+[[maybe_unused]] constexpr std::int64_t group = 32; /* tokens gathered at a time, on tiles */
 
 struct Call {
   const void* x;

@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Buffer:
         return torch.as_strided(raw, (self.rows, self.width * item), (self.stride * item, 1))
 
 
-class Device:
+class Device(ABC):
     """Common part of the two devices."""
 
     name: str
@@ -116,23 +117,23 @@ class Device:
         names = [sources] if isinstance(sources, str) else list(sources)
         return bind(self.compile([CUDA / name for name in names], list(defines), arch or self.arch))
 
-    def compile(self, sources: list[Path], defines: list[str], arch: int) -> ctypes.CDLL:
-        raise NotImplementedError
+    @abstractmethod
+    def compile(self, sources: list[Path], defines: list[str], arch: int) -> ctypes.CDLL: ...
 
-    def allocate(self, size: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def allocate(self, size: int) -> Any: ...
 
-    def pointer(self, memory: Any) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def pointer(self, memory: Any) -> int: ...
 
-    def write(self, memory: Any, rows: Tensor, pitch: int, length: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, memory: Any, rows: Tensor, pitch: int, length: int) -> None: ...
 
-    def read(self, memory: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, memory: Any) -> tuple[Tensor, Tensor]: ...
 
-    def checked(self, seed: int = 0) -> contextlib.AbstractContextManager[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def checked(self, seed: int = 0) -> contextlib.AbstractContextManager[Any]: ...
 
     def release(self) -> None:
         self.alive.clear()
