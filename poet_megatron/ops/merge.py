@@ -14,6 +14,11 @@ NATIVE_CUDA_BLOCK = 4096
 """Largest output block for the compiled CUDA merge, which holds 8 columns of a block in shared memory (5,088 fit on an A100)."""
 
 
+def blocks_fit(weight: Tensor, increments_out: Sequence[Tensor]) -> bool:
+    """Whether the compiled merge of this device holds blocks of that size; the one for CPUs takes any."""
+    return weight.device.type == "cpu" or all(e.shape[1] <= NATIVE_CUDA_BLOCK for e in increments_out)
+
+
 def merge_into(
     weight: Tensor,
     rows: Tensor | None,
@@ -39,8 +44,12 @@ def merge_into(
         out: [height, width], may be `weight` itself.
     """
     increments = (*increments_in, *increments_out)
-    staged = weight.device.type == "cpu" or all(e.shape[1] <= NATIVE_CUDA_BLOCK for e in increments_out)
-    if staged and runs_on_native(weight) and runs_on_native(out) and all(e.dtype == torch.float32 for e in increments):
+    if (
+        blocks_fit(weight, increments_out)
+        and runs_on_native(weight)
+        and runs_on_native(out)
+        and all(e.dtype == torch.float32 for e in increments)
+    ):
         torch.ops.poet_native.merge(weight, rows, columns, inverse_columns, list(increments_in), list(increments_out), out)
         return
     dtype = torch.promote_types(increments[0].dtype if increments else weight.dtype, torch.float32)

@@ -8,7 +8,7 @@ import torch
 import poet_megatron.ops.library  # noqa: F401  registers torch.ops.poet
 from poet_megatron.ops import native
 from poet_megatron.ops.cayley import OrthogonalMap
-from poet_megatron.ops.merge import merge_into
+from poet_megatron.ops.merge import NATIVE_CUDA_BLOCK, blocks_fit, merge_into
 from poet_megatron.ops.skew import skew_pack_grad, skew_unpack
 
 EPS = torch.finfo(torch.float32).eps
@@ -107,6 +107,16 @@ def test_merge(built, shape, dtype, in_place):
     # Two sums of up to 65 fp32 terms of size 1: 65 eps / 2 = 4e-6 at worst; bf16 rounds the result once, by at most 2^-8 of it.
     rounding = 2.0**-8 if out.dtype == torch.bfloat16 else 2e-6
     assert ((out - expected).abs() <= rounding * expected.abs() + 4e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "fits"), [("cpu", 9000, True), ("meta", NATIVE_CUDA_BLOCK, True), ("meta", NATIVE_CUDA_BLOCK + 1, False)]
+)
+def test_blocks_beyond_the_shared_memory_of_a_gpu_take_the_reference(device, size, fits):
+    """The meta device stands for a GPU: it is none that the CPU kernel serves. 8 fp32 columns of 5,088 rows fill the 163 KB of an A100."""
+    blocks = [torch.empty(2, 64, 64, device="meta"), torch.empty(1, size, size, device="meta")]
+    assert blocks_fit(torch.empty(0, device=device), blocks) is fits
+    assert 8 * 4 * NATIVE_CUDA_BLOCK <= 163 * 1024
 
 
 def permutation(size):

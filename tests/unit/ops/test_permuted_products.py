@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +181,23 @@ def test_large_results_do_not_share_memory_while_they_live():
     del kept, third
     assert product(4.0).data_ptr() != first.data_ptr()
     assert torch.equal(first, copy)
+
+
+def faults(call):
+    """Pages that a call had to be given."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.slow
+def test_sizes_that_are_no_longer_asked_for_make_room():
+    """1.1 GB of results of 4 MB are more than the pool keeps; results of 16 MB are then kept all the same."""
+    small, _, increments, perm = data(2048, 512, [(8, 64)], torch.float32)
+    large = small.repeat(4, 1)
+    results = [permuted_block_product(small, perm.int(), increments, False, None) for _ in range(280)]
+    del results
+    for _ in range(2):
+        permuted_block_product(large, perm.int(), increments, False, None)
+    # A fresh buffer is 8 huge pages or 4,096 small ones; one of the pool is none.
+    assert sum(faults(lambda: permuted_block_product(large, perm.int(), increments, False, None)) for _ in range(5)) < 5 * 8 / 2
