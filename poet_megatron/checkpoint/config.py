@@ -19,8 +19,11 @@ class CheckpointConfig:
     """Checkpoints that stay on disk; older ones are deleted after a newer one is complete."""
     resume: str = "auto"
     """auto: continue if the run directory holds a checkpoint; never: refuse to if it does; must: fail if it holds none."""
+    max_failures: int = 3
+    """Checkpoints in a row that may fail (a full disk, for example) while training goes on; then the run stops. The last one never may."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.interval", self.interval, 0)
         at_least("checkpoint.keep_last", self.keep_last, 1)
+        at_least("checkpoint.max_failures", self.max_failures, 1)
         one_of("checkpoint.resume", self.resume, RESUME_MODES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from poet_megatron.checkpoint.rng import rng_state, set_rng_state
+from poet_megatron.checkpoint.room import CheckpointError, agree, bytes_to_write, prepare_room
 from poet_megatron.checkpoint.safety import check_metadata
 from poet_megatron.checkpoint.sharded import adam_steps, load_tensors, set_adam_steps, sharded_state
 from poet_megatron.checkpoint.store import CheckpointStore, Checksums
@@ -25,31 +27,55 @@ from poet_megatron.optim.merge import set_merge_index
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.yaml"
+PARTS = ("data", "guard")
+"""What the training loop adds to a checkpoint: position in the data, and the loss guard's memory (not in older checkpoints)."""
 
 
-def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, data: dict[str, Any]) -> Path:
-    """Write the whole state of the run; it appears under its final name only when every rank's part is on disk.
+def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, parts: Mapping[str, Any]) -> Path:
+    """Write the whole state of the run; it appears under its final name only when every rank's part is on disk. Collective.
 
     Args:
         store: the run's checkpoints.
         engine: model, optimizer, schedule.
         state: counters of the run.
-        data: position in the training data, the same on every rank.
+        parts: what else continues, by the names of PARTS, as plain data that is the same on every rank.
+
+    Raises:
+        CheckpointError: on every rank, with the same message, if any rank could not write; nothing is left of the checkpoint.
     """
-    rank = engine.context.rank
-    if engine.context.is_main:
-        store.begin(state.step)
-    dist.barrier()
+    try:
+        return _save(store, engine, state, parts)
+    except CheckpointError as error:
+        if engine.context.is_main:
+            store.abandon()
+        last = f"the last one is of step {max(steps)}" if (steps := store.steps()) else "there is none yet"
+        raise CheckpointError(f"the checkpoint of step {state.step} could not be written ({error}); {last}") from error
+
+
+def _save(store: CheckpointStore, engine: Engine, state: TrainState, parts: Mapping[str, Any]) -> Path:
+    context = engine.context
+    common, tensors = {**_common(engine, state), **parts}, sharded_state(engine)
+    needed = bytes_to_write(tensors, context.device)
     staging = store.staging(state.step)
-    common = {**_common(engine, state), "data": data}
-    dist_checkpointing.save({**sharded_state(engine), "common": common}, str(staging), save_strategy())
-    torch.save(rng_state(), staging / f"rng-{rank}.pt")
-    if engine.context.is_main:
-        (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
-    checksums = _gather(store.checksums(state.step, rank))  # also waits for every rank
-    if engine.context.is_main:
-        store.commit(state.step, checksums)
-    dist.barrier()
+
+    def begin() -> None:
+        if context.is_main:
+            store.begin(state.step)
+            prepare_room(store.reserve, needed)
+
+    agree(context, begin)
+    agree(context, lambda: dist_checkpointing.save({**tensors, "common": common}, str(staging), save_strategy(store.reserve)))
+    checksums: list[Checksums] = []
+
+    def write_rest() -> None:
+        torch.save(rng_state(), staging / f"rng-{context.rank}.pt")
+        if context.is_main:
+            (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
+        checksums.append(store.checksums(state.step, context.rank))
+
+    agree(context, write_rest)
+    gathered = _gather(checksums[0])
+    agree(context, lambda: store.commit(state.step, gathered) if context.is_main else None)
     return store.path(state.step)
 
 

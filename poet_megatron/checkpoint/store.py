@@ -33,16 +33,26 @@ class CheckpointStore:
         """Directory that the checkpoint of `step` is written to before it is complete."""
         return self.root / f"step-{step:08d}.partial"
 
+    @property
+    def reserve(self) -> Path:
+        """A file that holds room on the disk while a checkpoint is written."""
+        return self.root / "reserve"
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
         return sorted(int(match[1]) for entry in self.root.iterdir() if (match := _NAME.match(entry.name)))
 
-    def begin(self, step: int) -> Path:
-        """Make an empty staging directory for `step`, clearing what an interrupted save left behind."""
+    def abandon(self) -> None:
+        """Delete what an interrupted save left behind."""
         for leftover in self.root.glob("step-*.partial"):
             shutil.rmtree(leftover)
+        self.reserve.unlink(missing_ok=True)
+
+    def begin(self, step: int) -> Path:
+        """Make an empty staging directory for `step`, clearing what an interrupted save left behind."""
+        self.abandon()
         staging = self.staging(step)
         staging.mkdir(parents=True)
         return staging

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 
 from poet_megatron import __version__
-from poet_megatron.errors import UserError
+from poet_megatron.errors import EXIT_USER_ERROR, FaultError, UserError
 
 QUIETED = (
     "Transformer Engine and Apex are not installed",
@@ -34,9 +34,11 @@ COMMANDS = {
     "convert": "turn a run's checkpoint of any parallel layout into a run for one process",
     "export": "write a run's model as a Hugging Face Llama checkpoint",
     "estimate": "parameter counts, shapes and memory per rank of a recipe, without training",
-    "doctor": "versions, processor, and which implementation each POET op uses and why",
+    "launch": "check, then submit to Slurm: pretraining, a whole chain from text to a model, or a sweep",
+    "compare": "one table and one picture of several runs",
+    "doctor": "what is installed and which implementation each op uses; --distributed checks an allocation",
 }
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_INTERRUPTED = 0, 130
 TRACEBACK_OPTION = "--traceback"
 
 DESCRIPTION = "Pretrain Llama models with POET (W = R W0 P, learned orthogonal R and P) on megatron-core."
@@ -52,7 +54,7 @@ a first run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns 0, 2 for a mistake of the user, 3 for a loss that is not finite, 75 for a stop that was saved."""
+    """Run one subcommand; returns 0, 2 for a mistake of the user, or another status of poet_megatron.errors."""
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = TRACEBACK_OPTION in words or os.environ.get("POET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != TRACEBACK_OPTION]
@@ -66,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FaultError) as error:
         _report(error, show_traceback)
-        return error.exit_status if isinstance(error, UserError) else EXIT_USER_ERROR
+        return error.exit_status if isinstance(error, UserError | FaultError) else EXIT_USER_ERROR
 
 
 def _dispatch(words: list[str]) -> int:
@@ -124,4 +126,4 @@ def _raised_by_us(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return isinstance(error, UserError) or module.split(".")[0] in ("poet_megatron", "data_prep")
+    return isinstance(error, UserError | FaultError) or module.split(".")[0] in ("poet_megatron", "data_prep")

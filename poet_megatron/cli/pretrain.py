@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from poet_megatron.cli.recipe import add_recipe_options, key_table, load_recipe
@@ -10,10 +11,16 @@ from poet_megatron.cli.recipe import add_recipe_options, key_table, load_recipe
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from poet_megatron.monitor.run_dir import BatchJob
+
 DESCRIPTION = """\
 Trains a Llama model with POET (or dense AdamW) and writes everything into train.run_dir: the resolved
 configuration, metrics.jsonl, TensorBoard events and checkpoints. Started again with the same run
 directory it continues from the newest checkpoint.
+
+Exit status: 0 complete; 75 saved on SIGTERM, SIGUSR1, Ctrl-C or train.exit_minutes (the same command continues);
+2 a mistake to mend; 3 a loss or gradient that is not finite, or jumped; 4 replicas differ (a fault of the machine);
+5 a hang. docs/faults.md explains each.
 
 Settings come from the built-in defaults, then from the recipe, then from the command line."""
 
@@ -62,4 +69,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from poet_megatron.train.run import pretrain
 
-    return pretrain(config)
+    return pretrain(config, batch_job())
+
+
+def batch_job() -> BatchJob | None:
+    """The Slurm job that this process belongs to."""
+    from poet_megatron.monitor.run_dir import BatchJob
+
+    number = os.environ.get("SLURM_JOB_ID")
+    return BatchJob(f"slurm {number}", int(os.environ.get("SLURM_RESTART_COUNT") or 0)) if number else None

@@ -8,11 +8,13 @@ from poet_megatron.checkpoint.config import CheckpointConfig
 from poet_megatron.config.checks import one_of
 from poet_megatron.data.config import DataConfig
 from poet_megatron.engine.config import DeepSpeedConfig
+from poet_megatron.guard.config import GuardConfig
 from poet_megatron.layers.config import PoetConfig
 from poet_megatron.model.config import ModelConfig
 from poet_megatron.monitor.config import MonitorConfig
 from poet_megatron.optim.config import OptimConfig
 from poet_megatron.parallel.config import ParallelConfig
+from poet_megatron.profiling.config import ProfileConfig
 from poet_megatron.train.config import TrainConfig
 
 METHODS = ("poet", "adamw")
@@ -38,7 +40,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -47,10 +51,16 @@ class RunConfig:
             raise ValueError(f"version is {self.version}; this release reads versions up to {CONFIG_VERSION}: upgrade poet-megatron")
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}; it must be less than train.steps = {self.train.steps}")
+        self.profile.check_length(self.train.steps)
         if self.engine == "deepspeed" and self.parallel.distributed_optimizer:
             raise ValueError(
                 "parallel.distributed_optimizer is true with engine deepspeed, which shards the optimizer itself (deepspeed.zero_stage): "
                 "set it to false, or engine to megatron"
+            )
+        if self.guard.hang_minutes >= self.parallel.timeout_minutes:
+            raise ValueError(
+                f"guard.hang_minutes is {self.guard.hang_minutes}; it must be less than parallel.timeout_minutes = "
+                f"{self.parallel.timeout_minutes}, after which collectives fail by themselves: lower it, or raise the other"
             )
         if self.method == "poet":
             self._check_blocks()

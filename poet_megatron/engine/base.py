@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from poet_megatron.config.run import RunConfig
-from poet_megatron.optim.state import AdamState
+from poet_megatron.optim.state import MOMENTS, AdamState
 from poet_megatron.parallel.context import ParallelContext
 
 Batch = dict[str, Tensor]
@@ -87,3 +87,16 @@ class Engine(ABC):
             for name, parameter in chunk.named_parameters()
             if parameter.requires_grad
         }
+
+    def replicated_state(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """(name, tensor, whether tensor-parallel ranks hold different parts) of optimizer state that is not sharded over replicas."""
+        if self.state_group is not None:
+            return
+        parameters = self.trainable()
+        for name, state in self.states().items():
+            split = getattr(parameters[name], "tensor_model_parallel", False)
+            if state.param is not parameters[name]:
+                yield f"master of {name}", state.param, split
+            for moment in MOMENTS:
+                if moment in state.slots:
+                    yield f"{moment} of {name}", state.slots[moment], split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,14 +61,27 @@ class DeepSpeedEngine(Engine):
         with cached_factors(self.chunks, len(batches)):
             for number, batch in enumerate(batches, 1):
                 self.zero.set_gradient_accumulation_boundary(number == len(batches))
-                total, loss = self.zero(batch)
-                self.zero.backward(total, scale_wrt_gas=False)
+                with self._timed("forward-compute"):
+                    total, loss = self.zero(batch)
+                with self._timed("backward-compute"):
+                    self.zero.backward(total, scale_wrt_gas=False)
                 losses.append(loss)
         tokens = torch.stack(losses).sum(dim=0)[1]
         dist.all_reduce(tokens, group=self.state_group)
         for gradient in self.gradients():
             gradient.mul_(1 / tokens.clamp_min(1))
         return losses
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Time a part of the step as Megatron's schedules do, where somebody measures it."""
+        if self.config.timers is None:
+            yield
+            return
+        timer = self.config.timers(name, log_level=2)
+        timer.start()
+        yield
+        timer.stop()
 
     def gradients(self) -> Iterator[Tensor]:
         """The reduced gradients of this rank's partitions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,19 @@ from poet_megatron.errors import UserError
 PACKAGES = ("poet-megatron", "torch", "megatron-core", "transformers", "numpy", "sentencepiece", "deepspeed")
 GIT_TIMEOUT_SECONDS = 10
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """The job of a batch system that a start belongs to.
+
+    Attributes:
+        name: the same for all starts of a job, such as `slurm 1234`.
+        restarts: how often the batch system has started it again.
+    """
+
+    name: str
+    restarts: int = 0
 
 
 class RunDirectory:
@@ -80,11 +95,31 @@ class RunDirectory:
         """Write config.yaml, whole or not at all."""
         _write_whole(self.config_path, text)
 
-    def write_run_info(self, command: Sequence[str] | None = None) -> None:
+    def write_run_info(self, command: Sequence[str] | None = None, resumed_from: int = 0, job: BatchJob | None = None) -> None:
         """Append what this start runs with to run.json, a list with one entry per start."""
         entries = self.read_run_info()
-        entries.append(run_info(sys.argv if command is None else command))
+        entry = run_info(sys.argv if command is None else command)
+        entries.append({**entry, "resumed_from": resumed_from, "job": None if job is None else job.name})
         _write_whole(self.info_path, json.dumps(entries, indent=2) + "\n")
+
+    def check_progress(self, job: BatchJob, step: int, most: int) -> None:
+        """Refuse a restart that is one too many.
+
+        Args:
+            job: what is started again.
+            step: step of the checkpoint that it would continue from.
+            most: restarts of one job that may find the checkpoint of the start before; 0 for any number.
+
+        Raises:
+            UserError: `most` restarts of this job have found this checkpoint already.
+        """
+        starts = [entry for entry in self.read_run_info() if entry.get("job") == job.name]
+        idle = len(list(itertools.takewhile(lambda entry: entry.get("resumed_from") == step, reversed(starts))))
+        if most and job.restarts and idle > most:
+            raise UserError(
+                f"job {job.name} made no progress in {most} restarts (guard.max_idle_restarts): each began at step {step} and ended before "
+                "the next checkpoint. Look for the error in its log, or lower checkpoint.interval, then submit it anew"
+            )
 
     def read_run_info(self) -> list[dict[str, Any]]:
         """Entries of run.json; none if there is no file, and a damaged one is set aside."""

@@ -68,7 +68,9 @@ class CollectiveCounter(TorchDispatchMode):
         """Record one operator if it is a collective, and run it."""
         kind = KINDS.get(func.overloadpacket.__name__) if func.namespace == "c10d" else None
         if kind is not None:
-            self.records.append(Collective(kind, _ranks(args), max(_bytes(argument) for argument in args)))
+            self.records.append(
+                Collective(kind, tuple(dist.get_process_group_ranks(group_of(args))), max(_bytes(argument) for argument in args))
+            )
         return func(*args, **(kwargs or {}))
 
     def calls(self, *ranks: int) -> dict[str, int]:
@@ -87,9 +89,10 @@ class CollectiveCounter(TorchDispatchMode):
         return dict(totals)
 
 
-def _ranks(args: tuple) -> tuple[int, ...]:
+def group_of(args: tuple) -> dist.ProcessGroup:
+    """The process group among the arguments of a c10d operator."""
     (group,) = (dist.ProcessGroup.unbox(argument) for argument in args if _is_group(argument))
-    return tuple(dist.get_process_group_ranks(group))
+    return group
 
 
 def _is_group(argument: Any) -> bool:

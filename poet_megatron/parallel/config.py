@@ -28,13 +28,16 @@ class ParallelConfig:
     recompute: str = "none"
     """Activation checkpointing: none; selective recomputes attention in the backward pass; full recomputes whole layers."""
     check_replicas: bool = True
-    """Compare hashes of everything that ranks hold in common at every merge, and stop if they differ."""
+    """Compare hashes of everything that ranks hold in common at every merge and before every checkpoint, and stop if they differ."""
+    check_replicas_interval: int = 100
+    """Steps between such comparisons at other times, optimizer state included; 0: none."""
     timeout_minutes: float = 10.0
     """Minutes after which a stuck collective aborts the run."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "pipeline_parallel", "virtual_stages"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
+        at_least("parallel.check_replicas_interval", self.check_replicas_interval, 0)
         one_of("parallel.recompute", self.recompute, RECOMPUTE_MODES)
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError(

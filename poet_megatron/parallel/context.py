@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from poet_megatron.errors import UserError
 from poet_megatron.parallel.config import ParallelConfig
 from poet_megatron.parallel.cpu_shim import cuda_names_on_cpu
 
+FLIGHT_RECORDER_ENTRIES = "2000"
+"""Collectives that torch's flight recorder remembers of each rank, for guard.watchdog."""
 _worlds = itertools.count()
 
 
@@ -32,6 +35,7 @@ class ParallelContext:
         data_rank: rank among data-parallel replicas.
         data_size: data-parallel replicas.
         device: this process's device.
+        nodes: name of the machine of every rank; empty where nobody asked.
     """
 
     rank: int
@@ -39,11 +43,21 @@ class ParallelContext:
     data_rank: int
     data_size: int
     device: torch.device
+    nodes: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
         """Whether this process reports and writes files."""
         return self.rank == 0
+
+    def name(self, rank: int) -> str:
+        """A rank for messages: with its machine, where there are several."""
+        return f"{rank} ({self.nodes[rank]})" if len(set(self.nodes)) > 1 else str(rank)
+
+
+def node_name() -> str:
+    """Name of this machine: Slurm's for the node if it started this process, else the host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def launched_ranks() -> int:
@@ -72,6 +86,7 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
         )
     if config.tensor_parallel > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in the order of their launch, so that collectives overlap
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)  # older releases call it TORCH_NCCL_TRACE_BUFFER_SIZE
     device = _device()
     _init_distributed(device, timedelta(minutes=config.timeout_minutes))
     try:
@@ -84,7 +99,7 @@ def parallel_context(config: ParallelConfig, seed: int) -> Iterator[ParallelCont
             )
             seed_rng(seed)
             data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-            yield ParallelContext(dist.get_rank(), dist.get_world_size(), data_rank, data_size, device)
+            yield ParallelContext(dist.get_rank(), dist.get_world_size(), data_rank, data_size, device, _nodes())
             dist.barrier()  # nobody closes a connection that another rank still reads from
     except BaseException:
         _leave(device, failed=True)
@@ -105,6 +120,13 @@ def _device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _nodes() -> tuple[str, ...]:
+    """Machine of every rank. Collective."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, node_name())
+    return tuple(names)
 
 
 def _init_distributed(device: torch.device, timeout: timedelta) -> None:

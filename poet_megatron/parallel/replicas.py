@@ -6,7 +6,7 @@ are a difference, and so are NaNs with other payloads (training stops at a NaN b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,17 +14,25 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from poet_megatron.errors import EXIT_DIVERGED, FaultError
+
 CHUNK = 1 << 20  # elements; of which 32 MB of temporaries
 REPORTED = 4  # differences in a message
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # splitmix64's, as int64
 
 
-class ReplicasDiverged(RuntimeError):
+Shared = tuple[str, Tensor, bool]
+"""(name, tensor, whether tensor-parallel ranks hold different parts of it) of what data-parallel ranks have in common."""
+
+
+class ReplicasDiverged(FaultError):
     """Ranks that must hold the same bits do not."""
 
+    exit_status = EXIT_DIVERGED
 
-def check_replicas(chunks: Sequence[nn.Module], when: str) -> None:
+
+def check_replicas(chunks: Sequence[nn.Module], when: str, others: Iterable[Shared] = (), nodes: Sequence[str] = ()) -> None:
     """Compare everything that ranks hold in common. Collective over all ranks.
 
     Data-parallel ranks share every parameter and permutation; tensor-parallel ranks those that are not split: replicated factors with their
@@ -33,15 +41,18 @@ def check_replicas(chunks: Sequence[nn.Module], when: str) -> None:
     Args:
         chunks: model chunks of this rank.
         when: for the message.
+        others: what else data-parallel ranks share, such as optimizer state that is not sharded; the same names on every rank.
+        nodes: the machine of every rank, for the message.
 
     Raises:
-        ReplicasDiverged: on every rank, with the same message, which names tensors and global ranks.
+        ReplicasDiverged: on every rank, with the same message, which names tensors, global ranks and machines.
     """
-    named = list(_shared_tensors(chunks))
+    named = [*_shared_tensors(chunks), *others]
     fingerprints = [fingerprint(tensor) for _, tensor, _ in named]
-    problems = _differences([name for name, _, _ in named], fingerprints, parallel_state.get_data_parallel_group())
+    groups = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    problems = _differences([name for name, _, _ in named], fingerprints, groups[0], nodes)
     whole = [(name, value) for (name, _, split), value in zip(named, fingerprints, strict=True) if not split]
-    problems += _differences([name for name, _ in whole], [value for _, value in whole], parallel_state.get_tensor_model_parallel_group())
+    problems += _differences([name for name, _ in whole], [value for _, value in whole], groups[1], nodes)
     problems = _known_to_all(problems, next(chunks[0].parameters()).device)
     if problems:
         more = f"; {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
@@ -74,8 +85,8 @@ def _mixed(words: Tensor, positions: Tensor) -> Tensor:
     return mixed.bitwise_xor_((mixed >> 31) & ((1 << 33) - 1))
 
 
-def _shared_tensors(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether tensor-parallel ranks hold different parts of it); a buffer is split where its module's parameters are."""
+def _shared_tensors(chunks: Sequence[nn.Module]) -> Iterator[Shared]:
+    """Parameters and buffers; a buffer is split where its module's parameters are."""
     for index, chunk in enumerate(chunks):
         for module_name, module in chunk.named_modules():
             split = False
@@ -87,7 +98,7 @@ def _shared_tensors(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor, 
                 yield f"{index}.{module_name}.{name}", buffer, split
 
 
-def _differences(names: list[str], values: list[Tensor], group: ProcessGroup) -> list[str]:
+def _differences(names: list[str], values: list[Tensor], group: ProcessGroup, nodes: Sequence[str]) -> list[str]:
     """What differs between the ranks of a group, the same list on each of them; waits for the device once."""
     if group.size() == 1 or not names:
         return []
@@ -97,15 +108,16 @@ def _differences(names: list[str], values: list[Tensor], group: ProcessGroup) ->
     table = torch.stack(gathered).cpu()
     ranks = dist.get_process_group_ranks(group)
     different = (table != table[0]).any(dim=0).nonzero()[:, 0].tolist()
-    return [describe_difference(names[column], dict(zip(ranks, table[:, column].tolist(), strict=True))) for column in different]
+    return [describe_difference(names[column], dict(zip(ranks, table[:, column].tolist(), strict=True)), nodes) for column in different]
 
 
-def describe_difference(name: str, values: dict[int, int]) -> str:
+def describe_difference(name: str, values: dict[int, int], nodes: Sequence[str] = ()) -> str:
     """Say which ranks differ in a tensor.
 
     Args:
         name: of the tensor.
         values: {global rank: fingerprint}, not all equal.
+        nodes: the machine of every rank; named where given.
 
     Returns:
         The ranks outside the majority, if more than half of the ranks agree; otherwise all ranks, by what they hold.
@@ -116,12 +128,13 @@ def describe_difference(name: str, values: dict[int, int]) -> str:
     largest = max(holders.values(), key=len)
     if 2 * len(largest) > len(values):
         others = [rank for rank in values if rank not in largest]
-        return f"{name} on {_ranks(others)} differs from {_ranks(largest)}"
-    return f"{name} differs between {' and '.join(_ranks(same) for same in holders.values())}"
+        return f"{name} on {_ranks(others, nodes)} differs from {_ranks(largest)}"
+    return f"{name} differs between {' and '.join(_ranks(same, nodes) for same in holders.values())}"
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _ranks(ranks: list[int], nodes: Sequence[str] = ()) -> str:
+    names = [f"{rank} ({nodes[rank]})" if nodes else str(rank) for rank in ranks]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"
 
 
 def _known_to_all(problems: list[str], device: torch.device) -> list[str]:

@@ -27,6 +27,8 @@ class TrainConfig:
     """Run directory: resolved config, metrics, checkpoints, export."""
     stop_at_step: int = 0
     """Stop (and save) after this step although the schedule runs to train.steps; 0 runs to the end."""
+    exit_minutes: float = 0.0
+    """Save and leave, with status 75, once a start has run for so long; 0 for no limit."""
 
     eval_interval: int = 0
     """Steps between evaluations on the validation data; 0 evaluates only before step 1 and at the end."""
@@ -38,7 +40,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "global_batch_size"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("stop_at_step", "eval_interval", "eval_tokens", "eval_batch_size", "seed"):
+        for name in ("stop_at_step", "eval_interval", "eval_tokens", "eval_batch_size", "seed", "exit_minutes"):
             at_least(f"train.{name}", getattr(self, name), 0)
         one_of("train.precision", self.precision, PRECISIONS)
         divides("train.micro_batch_size", self.micro_batch_size, "train.global_batch_size", self.global_batch_size)

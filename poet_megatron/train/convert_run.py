@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.manifest import TOKENIZER_NAME
-from poet_megatron.checkpoint.io import read_common, save_checkpoint
+from poet_megatron.checkpoint.io import PARTS, read_common, save_checkpoint
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import to_yaml
 from poet_megatron.engine.base import Engine
@@ -42,7 +42,7 @@ def convert_run(run: Path, output: Path, step: int | None, report: Callable[[str
         with open_run(run, step) as (engine, state):
             common = read_common(store.path(state.step))
             report(f"loaded step {state.step}, which was written by {_described(common.get('layout'))}; writing {output}")
-            _write(RunDirectory(aside), output, engine, state, common["data"], run)
+            _write(RunDirectory(aside), output, engine, state, {name: common[name] for name in PARTS if name in common}, run)
     return RunDirectory(output)
 
 
@@ -65,10 +65,10 @@ def _written_aside(output: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(aside: RunDirectory, output: Path, engine: Engine, state: TrainState, data: dict, source: Path) -> None:
+def _write(aside: RunDirectory, output: Path, engine: Engine, state: TrainState, parts: dict, source: Path) -> None:
     """Fill the run directory that becomes `output`."""
     engine.run = dataclasses.replace(engine.run, train=dataclasses.replace(engine.run.train, run_dir=str(output)))
-    save_checkpoint(CheckpointStore(aside.checkpoints_path), engine, state, data)
+    save_checkpoint(CheckpointStore(aside.checkpoints_path), engine, state, parts)
     aside.write_config(to_yaml(engine.run))
     aside.write_run_info()
     for name in (TOKENIZER_NAME, aside.metrics_path.name):

@@ -49,8 +49,8 @@ class EvalResult:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where it overflows."""
-    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
+    """exp(loss), infinite where it overflows; NaN of NaN."""
+    return math.inf if loss >= MAX_EXPONENT else math.exp(loss)
 
 
 @torch.no_grad()

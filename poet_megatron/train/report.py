@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -13,6 +15,7 @@ from megatron.core import parallel_state
 
 from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
+from poet_megatron.guard.stragglers import OwnTimes
 from poet_megatron.model.flops import step_flops
 from poet_megatron.monitor.console import format_line
 from poet_megatron.monitor.eta import EtaEstimator
@@ -37,23 +40,38 @@ class Reporter:
         self.eta.update(start_step, time.monotonic())
         self._flops = mean_step_flops(engine)
         self._losses: list[float] = []
+        self._own: dict[str, float] = {}
         self._tokens, self._steps, self._since = 0, 0, time.monotonic()
 
     def step(self, result: StepResult) -> None:
-        """Take note of one step."""
-        self._losses.append(result.loss)
+        """Take note of one step; the loss of a batch that made no update is left out of the mean."""
+        if result.updated:
+            self._losses.append(result.loss)
         self._tokens += result.tokens
         self._steps += 1
 
-    def log(self, state: TrainState, result: StepResult) -> None:
-        """Report the interval that ends with `result`; the loss is its mean over the interval."""
+    def own_times(self, found: OwnTimes | None, straggler: str) -> None:
+        """Take note of a measurement of the ranks, and name the straggler, if there is one."""
+        if found is not None:
+            self._own = {"perf/own_seconds_median": median(found.totals), "perf/own_seconds_max": max(found.totals)}
+        if straggler:
+            self.note(straggler)
+
+    def log(self, state: TrainState, result: StepResult, skipped: int = 0) -> None:
+        """Report the interval that ends with `result`; the loss is its mean over the interval.
+
+        Args:
+            state: counters of the run.
+            result: of the last step.
+            skipped: steps of the run that made no update.
+        """
         rates = learning_rates(self.engine.param_groups)
         poet_metrics = self._poet_metrics(state, rates)
         if not self.engine.context.is_main:
             self._reset()
             return
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        loss = sum(self._losses) / len(self._losses)
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
         world = self.engine.context.world_size
         metrics = {
             "step": state.step,
@@ -68,7 +86,9 @@ class Reporter:
         }
         if (peak := self.engine.run.monitor.peak_tflops) > 0:
             metrics["perf/mfu"] = self._flops * self._steps / elapsed / (peak * TERA)
-        metrics |= poet_metrics
+        if skipped:
+            metrics["train/skipped"] = skipped
+        metrics |= poet_metrics | self._own
         self.metrics.log(metrics, state.step)
         eta = self.eta.update(state.step, time.monotonic())
         print(format_line(metrics, self.engine.run.train.steps, world, eta), flush=True)
@@ -110,6 +130,7 @@ class Reporter:
 
     def _reset(self) -> None:
         self._losses, self._tokens, self._steps, self._since = [], 0, 0, time.monotonic()
+        self._own = {}
 
 
 def mean_step_flops(engine: Engine) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from typing import Any
 
 import torch.distributed as dist
@@ -22,13 +23,16 @@ from poet_megatron.data.corpora import Corpus, open_corpora, resolve_data
 from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_sequences, describe
-from poet_megatron.engine.base import Engine
+from poet_megatron.engine.base import Batch, Engine
 from poet_megatron.engine.build import build_engine
 from poet_megatron.engine.state import TrainState
-from poet_megatron.errors import UserError
+from poet_megatron.errors import EXIT_SAVED, UserError
+from poet_megatron.guard.losses import LossGuard
+from poet_megatron.guard.stragglers import StragglerMeter
+from poet_megatron.guard.watchdog import Watchdog
 from poet_megatron.model.count import count_parameters
 from poet_megatron.monitor.metrics import MetricsLogger, read_metrics
-from poet_megatron.monitor.run_dir import RunDirectory
+from poet_megatron.monitor.run_dir import BatchJob, RunDirectory
 from poet_megatron.optim.fused import fused_kernels
 from poet_megatron.parallel.context import ParallelContext, launched_ranks, parallel_context
 from poet_megatron.parallel.host_memory import use_huge_pages
@@ -36,9 +40,8 @@ from poet_megatron.parallel.layout import check_layout
 from poet_megatron.train.evaluate import evaluate
 from poet_megatron.train.loop import Evaluator, Loop
 from poet_megatron.train.report import Reporter
-from poet_megatron.train.signals import stop_on_signals
+from poet_megatron.train.signals import reason_of, stop_on_signals
 
-EXIT_SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: saved, run the same command again
 FIXED_SECTIONS = (
     "method",
     "model.",
@@ -53,14 +56,24 @@ FIXED_SECTIONS = (
     "poet.master_weights",
     "train.global_batch_size",
 )
+HANG_SHARE = 0.8
+"""Of parallel.timeout_minutes, after which collectives fail by themselves: the watchdog is to be first."""
 logger = logging.getLogger(__name__)
 
 
-def pretrain(run: RunConfig) -> int:
+def pretrain(run: RunConfig, job: BatchJob | None = None) -> int:
     """Train as `run` says, continuing from its run directory's newest intact checkpoint.
 
+    Args:
+        run: the settings.
+        job: the batch job that this start belongs to, if any.
+
     Returns:
-        0 when the run is complete (or reached train.stop_at_step), 75 when a signal ended it after saving.
+        0 when the run is complete (or reached train.stop_at_step), EXIT_SAVED (75) when a signal or train.exit_minutes ended it after
+        saving. The watchdog ends the process with EXIT_HANG.
+
+    Raises:
+        UserError, FaultError: with the status for the shell in `exit_status`; see poet_megatron.errors.
     """
     if not run.train.run_dir:
         raise UserError("train.run_dir is empty: give the run a directory, for example --train.run_dir runs/first")
@@ -74,7 +87,7 @@ def pretrain(run: RunConfig) -> int:
         directory = RunDirectory(run.train.run_dir)
         _on_main(context, directory.acquire)
         try:
-            return _train(run, context, directory, prepared, corpora)
+            return _train(run, context, directory, prepared, corpora, job)
         finally:
             if context.is_main:
                 directory.release()
@@ -93,20 +106,30 @@ def _with_shard_groups(run: RunConfig, store: CheckpointStore, resume_step: int 
     return dataclasses.replace(run, poet=dataclasses.replace(run.poet, shard_groups=saved or run.parallel.tensor_parallel))
 
 
-def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, prepared: PreparedData, corpora: tuple[Corpus, ...]) -> int:
+def _train(
+    run: RunConfig,
+    context: ParallelContext,
+    directory: RunDirectory,
+    prepared: PreparedData,
+    corpora: tuple[Corpus, ...],
+    job: BatchJob | None,
+) -> int:
     store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
     resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
+    if job is not None:
+        _on_main(context, lambda: directory.check_progress(job, resume_step or 0, run.guard.max_idle_restarts))
     run = _with_shard_groups(run, store, resume_step)
     common = _checked_common(store, resume_step, run, context.is_main)
     engine = build_engine(run, context)
     data = _train_batches(run, context, corpora)
-    state = TrainState()
+    state, guard = TrainState(), LossGuard(run.guard)
     if common is not None and resume_step is not None:
         state = load_checkpoint(store.path(resume_step), engine, common)
         data.load_state_dict(common["data"])
+        guard.load_state_dict(common.get("guard", {}))
     if context.is_main:
         directory.write_config(to_yaml(run))
-        directory.write_run_info()
+        directory.write_run_info(resumed_from=state.step, job=job)
         shutil.copyfile(prepared.tokenizer_path, directory.path / prepared.tokenizer_path.name)
     with closing(data), MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
         metrics.rewind(state.step)
@@ -114,18 +137,30 @@ def _train(run: RunConfig, context: ParallelContext, directory: RunDirectory, pr
         _announce(run, engine, reporter, state, directory)
         for line in describe(data.dataset, corpora):
             reporter.note(line)
-        with stop_on_signals() as stop:
-            loop = Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, stop)
+        seconds = 60 * run.train.exit_minutes or math.inf
+        with stop_on_signals(seconds) as stop, _watchdog(run, context, directory) as watchdog:
+            evaluator = _evaluator(run, engine, prepared, watchdog.beat)
+            loop = Loop(engine, data, evaluator, store, reporter, stop, guard, watchdog.beat, StragglerMeter(engine, run.guard))
             if state.step >= run.train.steps:
                 reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
                 if not _final_evaluation_exists(directory, state.step):
                     loop.evaluate_finally(state)
                 return 0
-            signal_number = loop.run(state)
-    if signal_number:
-        reporter.note(f"stopped by {signal.Signals(signal_number).name} at step {state.step}; the same command continues from there")
-        return EXIT_SAVED_ON_SIGNAL
+            stopped = loop.run(state)
+    if stopped:
+        reporter.note(f"stopped by {reason_of(stopped)} at step {state.step}; the same command continues from there")
+        return EXIT_SAVED
     return 0
+
+
+def _watchdog(run: RunConfig, context: ParallelContext, directory: RunDirectory) -> Watchdog:
+    """The watchdog of this start, or one that waits for ever. Collective: all ranks report into the same folder."""
+    minutes = run.guard.hang_minutes or HANG_SHARE * run.parallel.timeout_minutes
+    started = [datetime.now(UTC).strftime("%Y%m%dT%H%M%S")]
+    dist.broadcast_object_list(started, src=0)
+    folder = directory.path / "hangs" / started[0]
+    seconds = 60 * minutes if run.guard.watchdog else math.inf
+    return Watchdog(seconds, folder, context.rank, context.world_size, context.nodes[context.rank])
 
 
 def _train_batches(run: RunConfig, context: ParallelContext, corpora: tuple[Corpus, ...]) -> TrainBatches:
@@ -144,13 +179,19 @@ def _train_batches(run: RunConfig, context: ParallelContext, corpora: tuple[Corp
     )
 
 
-def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData) -> Evaluator:
+def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData, beat: Callable[[str], None]) -> Evaluator:
     context = engine.context
     batch_size = run.train.eval_batch_size or run.train.micro_batch_size
     place = (run.model.seq_length, batch_size, context.data_rank, context.data_size, run.train.eval_tokens, context.device)
     packed = packed_eval_batches(prepared.valid_prefix, *place)
     reference = reference_protocol_batches(prepared.valid_prefix, *place)
-    return Evaluator(lambda: evaluate(engine, packed), lambda: evaluate(engine, reference))
+
+    def beating(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, 1):
+            beat(f"batch {number} of an evaluation")
+            yield batch
+
+    return Evaluator(lambda: evaluate(engine, beating(packed)), lambda: evaluate(engine, beating(reference)))
 
 
 def _final_evaluation_exists(directory: RunDirectory, step: int) -> bool:

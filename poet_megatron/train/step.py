@@ -1,9 +1,9 @@
-"""One optimizer step: micro-batches forward and backward, a check that everything is finite, clipping, update."""
+"""One optimizer step: micro-batches forward and backward, a look at the loss and the gradients, clipping, update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from poet_megatron.engine.base import Batch, Engine
-from poet_megatron.errors import UserError
+from poet_megatron.guard.losses import UPDATE, LossGuard, Verdict
 
-
-class NonFiniteError(UserError):
-    """A loss or gradient was NaN or infinite; no parameter was updated with it."""
-
-    exit_status = 3
+Measure = Callable[[Callable[[], list[Batch]], Callable[[list[Batch]], list[Tensor]]], list[Tensor]]
+"""Does `work(load())` and measures it."""
+NAMED = 8  # gradients of a rank in a message
 
 
 @dataclass(frozen=True)
@@ -28,34 +26,44 @@ class StepResult:
     Attributes:
         loss: mean loss over the global batch's tokens.
         tokens: tokens of the global batch that count in the loss.
-        grad_norm: global gradient norm before clipping.
+        grad_norm: global gradient norm before clipping; NaN if there was no update.
+        verdict: whether there was an update, and what was noticed.
     """
 
     loss: float
     tokens: int
     grad_norm: float
+    verdict: Verdict = Verdict()
+
+    @property
+    def updated(self) -> bool:
+        """Whether the parameters were updated."""
+        return self.verdict.action == UPDATE
 
 
-def train_step(engine: Engine, batches: Iterable[Batch], clip_grad: float) -> StepResult:
-    """Take one optimizer step. Collective over all ranks.
+def train_step(
+    engine: Engine, batches: Iterable[Batch], clip_grad: float, guard: LossGuard | None = None, measure: Measure | None = None
+) -> StepResult:
+    """Take one optimizer step, or pass over its batch as the guard decides; the schedule goes on either way. Collective over all ranks.
 
     Args:
         engine: what is trained.
         batches: this rank's micro-batches of the step.
         clip_grad: gradient clipping threshold of this step; 0 disables clipping.
+        guard: judges losses and gradients; by default, what is not finite stops the run.
+        measure: how to load the micro-batches and run them forward and backward, if they are measured meanwhile.
 
     Raises:
-        NonFiniteError: on every rank, before any update, if the loss or a gradient is not finite on one of them.
+        NonFiniteError, LossSpikeError: on every rank, before any update, if that is the guard's policy.
     """
-    losses = engine.accumulate(list(batches))
+    losses = engine.accumulate(list(batches)) if measure is None else measure(lambda: list(batches), engine.accumulate)
     # One pass over each buffer, no temporaries; a finite buffer whose sum overflows is looked at again below.
     sums_finite = torch.stack([gradient.sum().isfinite() for gradient in engine.gradients()]).all()
     loss, tokens, finite = _agree(losses, sums_finite, engine)
-    if not finite:
-        _stop_if_not_finite(engine, loss)
-    grad_norm = engine.update(clip_grad)
+    verdict = (guard or LossGuard()).judge(loss, "" if finite else _not_finite(engine, loss))
+    grad_norm = engine.update(clip_grad) if verdict.action == UPDATE else math.nan
     engine.scheduler.step(1)
-    return StepResult(loss, tokens, grad_norm)
+    return StepResult(loss, tokens, grad_norm, verdict)
 
 
 def _agree(losses: list[Tensor], finite: Tensor, engine: Engine) -> tuple[float, int, bool]:
@@ -67,21 +75,17 @@ def _agree(losses: list[Tensor], finite: Tensor, engine: Engine) -> tuple[float,
     sums[2] = (~finite).double()
     dist.all_reduce(sums)
     total, tokens, bad = sums.tolist()
-    return total / max(tokens, 1.0), int(tokens), bad == 0 and bool(torch.isfinite(sums[0]))
+    return total / max(tokens, 1.0), int(tokens), bad == 0 and math.isfinite(total)
 
 
-def _stop_if_not_finite(engine: Engine, loss: float) -> None:
+def _not_finite(engine: Engine, loss: float) -> str:
+    """What is not finite, by rank; empty if only a sum of finite gradients overflowed. Collective over all ranks."""
     names = [name for name, gradient in engine.named_gradients() if not bool(gradient.isfinite().all())]
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, names)
     bad = [] if math.isfinite(loss) else [f"loss = {loss}"]
     for rank, names in enumerate(found):
         if names:
-            bad.append(f"rank {rank}: gradients of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
-    if not bad:
-        return
-    raise NonFiniteError(
-        f"not finite: {'; '.join(bad)}. "
-        "Nothing was updated with it. Lower optim.lr or optim.poet_lr, or set poet.orthogonal_map to cayley, and run again: "
-        "the run continues from its last checkpoint"
-    )
+            shown = ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
+            bad.append(f"rank {engine.context.name(rank)}: gradients of {shown}")
+    return "; ".join(bad)

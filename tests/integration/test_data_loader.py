@@ -18,9 +18,9 @@ from data_prep.prepare import prepare
 from poet_megatron.config.dump import to_yaml
 from poet_megatron.data.documents import DocumentSequences
 from poet_megatron.data.prefetch import THREAD_NAME
-from poet_megatron.errors import UserError
+from poet_megatron.errors import EXIT_SAVED, UserError
 from poet_megatron.train.evaluate_run import evaluate_run
-from poet_megatron.train.run import EXIT_SAVED_ON_SIGNAL, pretrain
+from poet_megatron.train.run import pretrain
 
 STEPS = {"train.steps": "12", "checkpoint.interval": "0", "train.eval_tokens": "64"}
 
@@ -122,7 +122,7 @@ def test_a_signal_ends_the_thread_with_the_run(tiny_run):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert pretrain(run) == EXIT_SAVED_ON_SIGNAL
+    assert pretrain(run) == EXIT_SAVED
     thread.join()
     assert THREAD_NAME in seen
 

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_dataset
 from poet_megatron.engine.build import build_engine
+from poet_megatron.guard.losses import NonFiniteError
 from poet_megatron.layers.rotation import Rotation
 from poet_megatron.model.canonical import canonical_slots
 from poet_megatron.optim.merge import clip_threshold, merge_model, rotated_matrices, rotation_health
 from poet_megatron.optim.state import MOMENTS
 from poet_megatron.parallel.collectives import CollectiveCounter
 from poet_megatron.parallel.context import parallel_context
-from poet_megatron.train.step import NonFiniteError, train_step
+from poet_megatron.train.step import train_step
 
 
 @contextmanager

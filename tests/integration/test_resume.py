@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from poet_megatron.errors import UserError
-from poet_megatron.train.run import EXIT_SAVED_ON_SIGNAL, pretrain
+from poet_megatron.errors import EXIT_SAVED, UserError
+from poet_megatron.train.run import pretrain
 
 VARIANTS = {
     "bs": {},
@@ -91,7 +91,7 @@ def test_a_signal_saves_and_says_how_to_continue(tiny_run, capsys):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert pretrain(run) == EXIT_SAVED_ON_SIGNAL
+    assert pretrain(run) == EXIT_SAVED
     thread.join()
     output = capsys.readouterr().out
     assert "stopped by SIGINT at step" in output

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from poet_megatron.checkpoint.io import load_checkpoint, save_checkpoint
+from poet_megatron.checkpoint.io import PARTS, load_checkpoint, save_checkpoint
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.load import load_config
 from poet_megatron.train.run import pretrain
@@ -160,7 +160,7 @@ def run_case(folder: Path, data: Path, case: Case) -> None:
 
     def load(path, engine, common):  # type: ignore[no-untyped-def]
         state = load_checkpoint(path, engine, common)
-        save_checkpoint(CheckpointStore(copies(folder, case)), engine, state, common["data"])
+        save_checkpoint(CheckpointStore(copies(folder, case)), engine, state, {name: common[name] for name in PARTS})
         return state
 
     with ExitStack() as patches:

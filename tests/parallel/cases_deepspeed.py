@@ -26,12 +26,13 @@ from poet_megatron.config.run import RunConfig
 from poet_megatron.engine import zero
 from poet_megatron.engine.base import Batch, Engine
 from poet_megatron.engine.build import build_engine
+from poet_megatron.guard.losses import NonFiniteError
 from poet_megatron.optim.merge import merge_model
 from poet_megatron.optim.state import MOMENTS, AdamState
 from poet_megatron.parallel.config import ParallelConfig
 from poet_megatron.parallel.context import parallel_context
 from poet_megatron.train.run import pretrain
-from poet_megatron.train.step import NonFiniteError, train_step
+from poet_megatron.train.step import train_step
 
 RANKS = 2
 HALF = 15  # steps of a run that is continued

@@ -2,7 +2,8 @@
 
     python cases_pretrain.py requests.json results.json
 
-A request is {"name", "ranks", "argv", "fault": null | "gradient" | "loss" | "data", "rank": where the fault is}.
+A request is {"name", "ranks", "argv", "fault": null or a name of faults.FAULTS, "rank": where the fault is, "env": more environment
+variables, in which {rank} is the rank}.
 """
 
 from __future__ import annotations
@@ -14,45 +15,13 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
-import torch
+from faults import FAULTS
 
 from benchmarks.worlds import exit_statuses
 from poet_megatron.cli.main import main as poet_megatron
-from poet_megatron.data.train_data import TrainBatches
-from poet_megatron.engine.megatron import MegatronEngine
 
-FAULTY_STEP = 3
 TIMEOUT = 240.0
-
-
-def faulty(fault: str | None):
-    """What goes wrong on this rank in step 3: a gradient or a loss that is not finite, or data that cannot be read."""
-    calls = 0
-
-    def count(function):
-        @functools.wraps(function)
-        def counted(*args):
-            nonlocal calls
-            calls += 1
-            return function(*args) if calls != FAULTY_STEP else broken(function, *args)
-
-        return counted
-
-    def broken(function, *args):
-        if fault == "data":
-            raise OSError("the disk is gone")
-        result = function(*args)
-        if fault == "loss":
-            return [entry * torch.tensor([torch.nan, 1.0]) for entry in result]
-        next(iter(args[0].trainable().values())).main_grad.view(-1)[0] = torch.inf
-        return result
-
-    if fault is None:
-        return nullcontext()
-    owner, name = (TrainBatches, "micro_batches") if fault == "data" else (MegatronEngine, "accumulate")
-    return mock.patch.object(owner, name, count(getattr(owner, name)))
 
 
 def rank_main(request: dict, folder: Path) -> None:
@@ -62,7 +31,8 @@ def rank_main(request: dict, folder: Path) -> None:
         file = os.open(folder / f"{stream}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 (not those of the parent)
-    with faulty(request["fault"] if rank == request["rank"] else None):
+    os.environ |= {name: value.format(rank=rank) for name, value in request.get("env", {}).items()}
+    with FAULTS[request["fault"]]() if request["fault"] and rank == request["rank"] else nullcontext():
         status = poet_megatron(["pretrain", *request["argv"]])
     sys.stdout.flush()
     sys.exit(status)

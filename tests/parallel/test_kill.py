@@ -24,7 +24,8 @@ from kill_target import SECONDS_PER_MATRIX, mark_of
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import to_yaml
 from poet_megatron.config.load import load_config
-from poet_megatron.train.run import EXIT_SAVED_ON_SIGNAL, pretrain
+from poet_megatron.errors import EXIT_SAVED
+from poet_megatron.train.run import pretrain
 
 ROOT = Path(__file__).parents[2]
 RANKS, STEPS, MERGE_INTERVAL = 4, 16, 4
@@ -172,7 +173,7 @@ def test_sigterm_to_the_process_group_in_a_save_ends_the_run_after_it(expected, 
         wait_for(lambda: store.path(2).exists(), process, log)
         wait_for(next_save(tmp_path / "run"), process, log)
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=EXIT_SECONDS) == EXIT_SAVED_ON_SIGNAL, log.read_text()[-3000:]
+        assert process.wait(timeout=EXIT_SECONDS) == EXIT_SAVED, log.read_text()[-3000:]
     assert f"stopped by SIGTERM at step {store.newest_intact()};" in log.read_text()
     assert 3 <= store.newest_intact() < STEPS
     assert sorted(path.name for path in store.root.iterdir()) == [store.path(step).name for step in store.steps()]

@@ -25,8 +25,8 @@ def called(monkeypatch):
     def module(name, **contents):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
 
-    def pretrain(config):
-        seen["pretrain"] = config
+    def pretrain(config, job):
+        seen["pretrain"], seen["job"] = config, job
         return 7
 
     def estimate(config, world_size=None):
@@ -105,7 +105,16 @@ def test_pretrain_trains_what_was_asked_for(called, tmp_path):
     recipe.write_text("train: {steps: 5, seed: 6}\n")
     status = cli.main(["pretrain", "--train.steps", "8", "--config", str(recipe), "--optim.lr=1e-4", "--poet.master_weights", "false"])
     expected = load_config(recipe, ["--train.steps=8", "--optim.lr=1e-4", "--poet.master_weights=false"])
-    assert status == 7 and called == {"pretrain": expected}
+    assert status == 7 and called == {"pretrain": expected, "job": None}
+
+
+@pytest.mark.parametrize(("restarts", "expected"), [(None, 0), ("", 0), ("3", 3)])
+def test_pretrain_knows_the_slurm_job_that_it_belongs_to(called, monkeypatch, restarts, expected):
+    monkeypatch.setenv("SLURM_JOB_ID", "812")
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    cli.main(["pretrain"])
+    assert (called["job"].name, called["job"].restarts) == ("slurm 812", expected)
 
 
 def test_dry_run_estimates_and_does_not_train(called, capsys):

@@ -20,7 +20,7 @@ from poet_megatron.train.step import StepResult
 
 
 def make_loop(run: Any, chunks: list | None = None) -> loop.Loop:
-    engine = SimpleNamespace(run=run, chunks=chunks or [], context=SimpleNamespace(device=torch.device("cpu")))
+    engine = SimpleNamespace(run=run, chunks=chunks or [], context=SimpleNamespace(device=torch.device("cpu"), world_size=1))
     others = [mock.MagicMock() for _ in range(4)]
     return loop.Loop(engine, *others, StopFlag())  # type: ignore[arg-type]
 

@@ -1,0 +1,126 @@
+"""Whom a hang is blamed on, and the watchdog of a process that cannot help itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from poet_megatron.errors import EXIT_HANG
+from poet_megatron.guard.hang import RankReport, blame, place_of
+from poet_megatron.guard.watchdog import Watchdog
+
+
+def report(rank: int, waiting: bool = True, **collectives: int) -> RankReport:
+    groups = {name.replace("_", ","): count for name, count in collectives.items()}
+    return RankReport(rank, f"n{rank}", 100 + rank, "step 7", 31.4, waiting, f"f.py:{rank} in g", groups)
+
+
+def test_a_rank_without_a_report_is_to_blame():
+    assert blame([report(0), report(2)], 4) == "ranks 1, 3 did not answer: gone, or stuck outside of Python"
+
+
+def test_the_rank_that_others_wait_for_in_a_collective():
+    """Ranks 0 and 1 share layers, and so do 2 and 3; 0 and 2 share weights, and so do 1 and 3. Rank 3 hangs: 2 waits for it within a layer,
+    and is missed by 0 at the end of the step."""
+    reports = [
+        report(0, g0_1=50, g0_2=8),
+        report(1, g0_1=50, g1_3=8),
+        report(2, g2_3=44, g0_2=7),
+        report(3, waiting=False, g2_3=43, g1_3=7),
+    ]
+    expected = "rank 3 (n3, pid 103) has been in step 7 for 31 s, at f.py:3 in g, and others wait for it in a collective"
+    assert blame(reports, 4) == expected
+    assert blame([report(3, g2_3=43, g1_3=7), *reports[:3]], 4) == expected  # even if it seems to wait, for a GPU for example
+
+
+def test_the_rank_that_does_not_wait():
+    """Of pipeline stages, which send each other messages and share no collective."""
+    assert blame([report(0, g=5), report(1, waiting=False, g=5)], 2) == (
+        "rank 1 (n1, pid 101) has been in step 7 for 31 s, at f.py:1 in g while the others wait"
+    )
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_nobody_stands_out(waiting: bool):
+    assert blame([report(0, waiting, g=5), report(1, waiting, g=5)], 2).startswith("all ranks have issued the same collectives")
+
+
+def test_a_world_of_one():
+    assert blame([report(0, waiting=False)], 1) == "rank 0 (n0, pid 100) has been in step 7 for 31 s, at f.py:0 in g"
+
+
+def test_places():
+    entered, leave = threading.Event(), threading.Event()
+
+    def waits() -> None:
+        entered.set()
+        leave.wait(30)
+
+    def works() -> None:
+        entered.set()
+        while not leave.is_set():
+            time.sleep(0.001)
+
+    for function, expected in ((waits, True), (works, False)):
+        entered.clear()
+        leave.clear()
+        thread = threading.Thread(target=function)
+        thread.start()
+        entered.wait()
+        time.sleep(0.05)
+        frame = sys._current_frames()[thread.ident or 0]
+        while frame.f_code.co_filename != __file__ and frame.f_back is not None:
+            frame = frame.f_back
+        place, waiting = place_of(frame)
+        leave.set()
+        thread.join()
+        assert waiting == expected and place.endswith(f" in {function.__name__}") and place.startswith(__file__)
+    assert place_of(None) == ("unknown", False)
+
+
+def test_a_watchdog_that_is_heard_regularly_says_nothing(tmp_path: Path):
+    with Watchdog(2.0, tmp_path / "hangs") as watchdog:
+        for number in range(30):
+            watchdog.beat(f"step {number}")
+            time.sleep(0.1)
+    assert not (tmp_path / "hangs").exists()
+    with Watchdog(math.inf, tmp_path / "hangs"):  # switched off
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def hang(tmp_path: Path, statement: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """A process whose main thread executes a statement that does not end."""
+    program = f"""
+        import ctypes, time
+        from pathlib import Path
+        from poet_megatron.guard import watchdog
+        watchdog.GRACE_SECONDS = 1.0
+        with watchdog.Watchdog({seconds}, Path({str(tmp_path / "hangs")!r}), rank=0, world_size=1, node="here") as dog:
+            dog.beat("step 5")
+            {statement}
+        print("not reached")
+    """
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+
+
+def test_a_hang_of_one_process(tmp_path: Path):
+    done = hang(tmp_path, "time.sleep(1000)", 1.0)
+    assert done.returncode == EXIT_HANG and done.stdout == ""
+    assert "error: hang: rank 0 (here, pid " in done.stderr and "has been in step 5 for 1 s, at <string>:8 in <module>" in done.stderr
+    assert json.loads((tmp_path / "hangs" / "rank-0.json").read_text())["phase"] == "step 5"
+    assert 'File "<string>", line 8' in (tmp_path / "hangs" / "rank-0.stacks.txt").read_text()
+
+
+def test_a_process_that_holds_pythons_lock_is_ended_all_the_same(tmp_path: Path):
+    """No thread of Python can run any more, this one's watchdog included."""
+    done = hang(tmp_path, "time.sleep(2.5) or ctypes.PyDLL(None).sleep(1000)", 4.0)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "Timeout" in done.stderr and 'File "<string>", line 8' in done.stderr
