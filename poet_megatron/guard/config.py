@@ -16,7 +16,7 @@ class GuardConfig:
     """Faults while training: what is noticed, and what is done about it (docs/faults.md)."""
 
     on_nonfinite: str = "stop"
-    """A loss or gradient that is not finite: stop before the update; skip the batch; rollback to the last checkpoint, skipping all since."""
+    """A loss or gradient that is not finite: stop before the update, skip the batch, or rollback to the last checkpoint."""
     on_spike: str = "warn"
     """A loss far above the recent ones: ignore; warn; stop, skip or rollback as for guard.on_nonfinite."""
     spike_threshold: float = 10.0

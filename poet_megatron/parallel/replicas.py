@@ -47,9 +47,11 @@ def check_replicas(chunks: Sequence[nn.Module], when: str, others: Iterable[Shar
     Raises:
         ReplicasDiverged: on every rank, with the same message, which names tensors, global ranks and machines.
     """
+    groups = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    if all(group.size() == 1 for group in groups):
+        return
     named = [*_shared_tensors(chunks), *others]
     fingerprints = [fingerprint(tensor) for _, tensor, _ in named]
-    groups = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
     problems = _differences([name for name, _, _ in named], fingerprints, groups[0], nodes)
     whole = [(name, value) for (name, _, split), value in zip(named, fingerprints, strict=True) if not split]
     problems += _differences([name for name, _ in whole], [value for _, value in whole], groups[1], nodes)

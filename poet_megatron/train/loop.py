@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,13 +16,14 @@ from poet_megatron.checkpoint.io import save_checkpoint
 from poet_megatron.checkpoint.room import CheckpointError
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.data.train_data import TrainBatches
-from poet_megatron.engine.base import Engine
+from poet_megatron.engine.base import Batch, Engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.guard.losses import ROLLBACK, LossGuard
 from poet_megatron.guard.stragglers import StragglerMeter
 from poet_megatron.optim.merge import clip_threshold, merge_model, rotation_health
 from poet_megatron.parallel.replicas import check_replicas
-from poet_megatron.train.evaluate import EvalResult
+from poet_megatron.profiling.profiler import StepProfiler
+from poet_megatron.train.evaluate import evaluate
 from poet_megatron.train.report import Reporter
 from poet_megatron.train.rollback import roll_back
 from poet_megatron.train.signals import StopFlag
@@ -33,15 +34,15 @@ SKEW_CHECK_INTERVAL = 10
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluations on the validation data.
+    """Validation data; every rank has the same number of batches.
 
     Attributes:
-        packed: token-weighted, over packed sequences.
+        packed: packed sequences, for the token-weighted loss.
         reference: by the protocol of published tables, one padded sequence per document.
     """
 
-    packed: Callable[[], EvalResult]
-    reference: Callable[[], EvalResult]
+    packed: Iterable[Batch]
+    reference: Iterable[Batch]
 
 
 @dataclass
@@ -51,13 +52,14 @@ class Loop:
     Attributes:
         engine: model, optimizer, schedule.
         data: training micro-batches.
-        evaluator: runs evaluations on the validation data.
+        evaluator: validation data.
         store: checkpoints.
         reporter: console and metrics.
         stop: whether something asked to stop.
         guard: judges the loss and the gradients of each step.
         beat: called with the name of each part of the run as it begins.
         stragglers: measures ranks, if there is one.
+        profiler: records some steps.
     """
 
     engine: Engine
@@ -65,10 +67,11 @@ class Loop:
     evaluator: Evaluator
     store: CheckpointStore
     reporter: Reporter
-    stop: StopFlag
+    stop: StopFlag = field(default_factory=StopFlag)
     guard: LossGuard = field(default_factory=LossGuard)
     beat: Callable[[str], None] = lambda name: None
     stragglers: StragglerMeter | None = None
+    profiler: StepProfiler = field(default_factory=StepProfiler.off)
     _failed_saves: int = 0
 
     def run(self, state: TrainState) -> int:
@@ -82,6 +85,7 @@ class Loop:
         if state.step == 0:
             self._evaluate(state)
         while state.step < last:
+            self.profiler.step_begin(state.step + 1)
             result = self._step(state)
             if state.step % run.monitor.log_interval == 0 or state.step == last:
                 self.reporter.log(state, result, self.guard.skipped)
@@ -89,6 +93,7 @@ class Loop:
                 self._report_and_roll_back(state, result)
             self._merge_if_due(state)
             self._check_replicas_if_due(state)
+            self.profiler.step_end(state.step)
             if run.train.eval_interval and state.step % run.train.eval_interval == 0 and state.step < run.train.steps:
                 self._evaluate(state)
             stopped = self.stop.agreed(self.engine.context.device)
@@ -104,7 +109,8 @@ class Loop:
     def evaluate_finally(self, state: TrainState) -> None:
         """Evaluate the finished run by both protocols."""
         with self._phase(f"the evaluation after step {state.step}"):
-            self.reporter.evaluation(state.step, self.evaluator.packed(), self.evaluator.reference())
+            results = [evaluate(self.engine, self._beating(batches)) for batches in (self.evaluator.packed, self.evaluator.reference)]
+            self.reporter.evaluation(state.step, *results)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -112,6 +118,12 @@ class Loop:
         self.beat(name)
         with record_function(name):
             yield
+
+    def _beating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an evaluation, each of which is progress."""
+        for number, batch in enumerate(batches, 1):
+            self.beat(f"batch {number} of an evaluation")
+            yield batch
 
     def _step(self, state: TrainState) -> StepResult:
         """Take the next step, with or without an update, and count it."""
@@ -187,7 +199,7 @@ class Loop:
     def _evaluate(self, state: TrainState) -> None:
         self.reporter.pause()
         with self._phase(f"the evaluation after step {state.step}"):
-            self.reporter.evaluation(state.step, self.evaluator.packed())
+            self.reporter.evaluation(state.step, evaluate(self.engine, self._beating(self.evaluator.packed)))
         self.reporter.resume()
 
     def _save(self, state: TrainState, must: bool) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,7 @@ from poet_megatron.data.corpora import Corpus, open_corpora, resolve_data
 from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
 from poet_megatron.data.prepared import PreparedData
 from poet_megatron.data.train_data import TrainBatches, build_train_sequences, describe
-from poet_megatron.engine.base import Batch, Engine
+from poet_megatron.engine.base import Engine
 from poet_megatron.engine.build import build_engine
 from poet_megatron.engine.state import TrainState
 from poet_megatron.errors import EXIT_SAVED, UserError
@@ -37,7 +37,7 @@ from poet_megatron.optim.fused import fused_kernels
 from poet_megatron.parallel.context import ParallelContext, launched_ranks, parallel_context
 from poet_megatron.parallel.host_memory import use_huge_pages
 from poet_megatron.parallel.layout import check_layout
-from poet_megatron.train.evaluate import evaluate
+from poet_megatron.profiling.profiler import StepProfiler
 from poet_megatron.train.loop import Evaluator, Loop
 from poet_megatron.train.report import Reporter
 from poet_megatron.train.signals import reason_of, stop_on_signals
@@ -116,8 +116,7 @@ def _train(
 ) -> int:
     store = CheckpointStore(directory.checkpoints_path, run.checkpoint.keep_last)
     resume_step = choose_checkpoint(store, run.checkpoint.resume, context.is_main)
-    if job is not None:
-        _on_main(context, lambda: directory.check_progress(job, resume_step or 0, run.guard.max_idle_restarts))
+    _on_main(context, lambda: _note_start(directory, job, resume_step or 0, run.guard.max_idle_restarts))
     run = _with_shard_groups(run, store, resume_step)
     common = _checked_common(store, resume_step, run, context.is_main)
     engine = build_engine(run, context)
@@ -129,7 +128,6 @@ def _train(
         guard.load_state_dict(common.get("guard", {}))
     if context.is_main:
         directory.write_config(to_yaml(run))
-        directory.write_run_info(resumed_from=state.step, job=job)
         shutil.copyfile(prepared.tokenizer_path, directory.path / prepared.tokenizer_path.name)
     with closing(data), MetricsLogger(directory, run.monitor, context.rank, flat_values(run)) as metrics:
         metrics.rewind(state.step)
@@ -137,20 +135,35 @@ def _train(
         _announce(run, engine, reporter, state, directory)
         for line in describe(data.dataset, corpora):
             reporter.note(line)
-        seconds = 60 * run.train.exit_minutes or math.inf
-        with stop_on_signals(seconds) as stop, _watchdog(run, context, directory) as watchdog:
-            evaluator = _evaluator(run, engine, prepared, watchdog.beat)
-            loop = Loop(engine, data, evaluator, store, reporter, stop, guard, watchdog.beat, StragglerMeter(engine, run.guard))
-            if state.step >= run.train.steps:
-                reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
-                if not _final_evaluation_exists(directory, state.step):
-                    loop.evaluate_finally(state)
-                return 0
-            stopped = loop.run(state)
+        stopped = _loop(Loop(engine, data, _evaluator(run, engine, prepared), store, reporter, guard=guard), state, directory)
     if stopped:
         reporter.note(f"stopped by {reason_of(stopped)} at step {state.step}; the same command continues from there")
         return EXIT_SAVED
     return 0
+
+
+def _note_start(directory: RunDirectory, job: BatchJob | None, step: int, most: int) -> None:
+    """Write down, before anything can go wrong, that a start continues from `step`; refuse one that is a restart too many."""
+    if job is not None:
+        directory.check_progress(job, step, most)
+    directory.write_run_info(resumed_from=step, job=job)
+
+
+def _loop(loop: Loop, state: TrainState, directory: RunDirectory) -> int:
+    """Run the loop with everything that watches it; what asked it to stop, or 0."""
+    engine = loop.engine
+    run, context = engine.run, engine.context
+    profiler = StepProfiler(run.profile, directory.path, context.rank, context.world_size, context.device, loop.reporter.note)
+    seconds = 60 * run.train.exit_minutes or math.inf
+    with stop_on_signals(seconds) as loop.stop, _watchdog(run, context, directory) as watchdog, profiler:
+        loop.beat, loop.stragglers, loop.profiler = watchdog.beat, StragglerMeter(engine, run.guard), profiler
+        profiler.announce(state.step)
+        if state.step < run.train.steps:
+            return loop.run(state)
+        loop.reporter.note("nothing to do: the run is complete; raise train.steps in a new run to train longer")
+        if not _final_evaluation_exists(directory, state.step):
+            loop.evaluate_finally(state)
+        return 0
 
 
 def _watchdog(run: RunConfig, context: ParallelContext, directory: RunDirectory) -> Watchdog:
@@ -179,19 +192,13 @@ def _train_batches(run: RunConfig, context: ParallelContext, corpora: tuple[Corp
     )
 
 
-def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData, beat: Callable[[str], None]) -> Evaluator:
+def _evaluator(run: RunConfig, engine: Engine, prepared: PreparedData) -> Evaluator:
     context = engine.context
     batch_size = run.train.eval_batch_size or run.train.micro_batch_size
     place = (run.model.seq_length, batch_size, context.data_rank, context.data_size, run.train.eval_tokens, context.device)
     packed = packed_eval_batches(prepared.valid_prefix, *place)
     reference = reference_protocol_batches(prepared.valid_prefix, *place)
-
-    def beating(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for number, batch in enumerate(batches, 1):
-            beat(f"batch {number} of an evaluation")
-            yield batch
-
-    return Evaluator(lambda: evaluate(engine, beating(packed)), lambda: evaluate(engine, beating(reference)))
+    return Evaluator(packed, reference)
 
 
 def _final_evaluation_exists(directory: RunDirectory, step: int) -> bool:

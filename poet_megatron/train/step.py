@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.profiler import record_function
 
 from poet_megatron.engine.base import Batch, Engine
 from poet_megatron.guard.losses import UPDATE, LossGuard, Verdict
@@ -56,14 +57,30 @@ def train_step(
     Raises:
         NonFiniteError, LossSpikeError: on every rank, before any update, if that is the guard's policy.
     """
-    losses = engine.accumulate(list(batches)) if measure is None else measure(lambda: list(batches), engine.accumulate)
+    losses = (measure or _do)(lambda: _load(batches), lambda loaded: _forward_backward(engine, loaded))
     # One pass over each buffer, no temporaries; a finite buffer whose sum overflows is looked at again below.
     sums_finite = torch.stack([gradient.sum().isfinite() for gradient in engine.gradients()]).all()
     loss, tokens, finite = _agree(losses, sums_finite, engine)
     verdict = (guard or LossGuard()).judge(loss, "" if finite else _not_finite(engine, loss))
-    grad_norm = engine.update(clip_grad) if verdict.action == UPDATE else math.nan
+    with record_function("update"):
+        grad_norm = engine.update(clip_grad) if verdict.action == UPDATE else math.nan
     engine.scheduler.step(1)
     return StepResult(loss, tokens, grad_norm, verdict)
+
+
+def _do(load: Callable[[], list[Batch]], work: Callable[[list[Batch]], list[Tensor]]) -> list[Tensor]:
+    """What a step does when nobody measures it."""
+    return work(load())
+
+
+def _load(batches: Iterable[Batch]) -> list[Batch]:
+    with record_function("data"):
+        return list(batches)
+
+
+def _forward_backward(engine: Engine, batches: list[Batch]) -> list[Tensor]:
+    with record_function("forward-backward"):
+        return engine.accumulate(batches)
 
 
 def _agree(losses: list[Tensor], finite: Tensor, engine: Engine) -> tuple[float, int, bool]:

@@ -69,8 +69,8 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run):
 
 
 def test_a_rollback_across_a_merge_is_a_resumed_run_on_later_data(tiny_run, losses):
-    """Checkpoints of steps 6 and 12, merges after 5, 10, ...; step 11 goes wrong. By hand: the weights of step 6, which have been merged once,
-    go on with the data and the schedule of step 12, and are merged with step 15. Every bit of the losses is the same."""
+    """Checkpoints of steps 6 and 12, merges after 5, 10, ...; step 11 goes wrong. By hand: the weights of step 6, merged once, go on
+    with the data and the schedule of step 12, and are merged with step 15. Every bit of the losses is the same."""
     settings = {"poet.merge_interval": "5", "checkpoint.interval": "6", "checkpoint.keep_last": "9", "train.steps": "18"}
     run = tiny_run("run", {**settings, "guard.on_nonfinite": "rollback", "train.stop_at_step": "16"})
     with spoilt(11):
@@ -208,6 +208,7 @@ def test_a_full_disk(tiny_run, small_disk: Path, tiny_data, capsys):
     with pytest.raises(UserError, match="the checkpoint of step 8 could not be written .* are missing.*; the last one is of step 7"):
         pretrain(tiny_run("run", {"train.run_dir": str(small_disk / "run"), "checkpoint.interval": "2", "train.steps": "8"}))
     assert store.newest_intact() == 7
+    assert sorted(path.name for path in store.root.iterdir()) == ["step-00000006", "step-00000007"]
 
 
 def small_disk_free(folder: Path) -> int:
