@@ -22,6 +22,8 @@ from poet_megatron.errors import UserError
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 EMBEDDED_NAME = "the standard library's documentation"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Windows' editors put it before a text in UTF-8; it is no part of the text."""
 MIN_DOCUMENT = 200
 """Docstrings shorter than this many characters are merged into their module's document."""
 MIN_COMMENT = 60
@@ -51,18 +53,22 @@ def skip_reason(text: str) -> str | None:
 
 
 def expand(patterns: Iterable[str], suffixes: tuple[str, ...] = JSON_SUFFIXES + TEXT_SUFFIXES) -> list[Path]:
-    """Files named by paths and globs, each once, globs in sorted order; a pattern without a readable, non-empty file is an error."""
-    files: dict[Path, None] = {}
+    """Files named by paths and globs, each once, globs in sorted order; a pattern without a readable, non-empty file is an error.
+
+    A link keeps its own name, since the ending says what is in the file: those of Hugging Face's cache lead to files without one.
+    """
+    files: dict[Path, Path] = {}
     for pattern in patterns:
         matches = [pattern] if Path(pattern).exists() else []
         matches = matches or sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
         if not matches:
             raise UserError(f"input {pattern} matches no file: check the path (quote globs so that the shell does not expand them)")
         for match in matches:
-            files[_checked(Path(match), suffixes)] = None
+            path = _checked(Path(match), suffixes)
+            files.setdefault(path.resolve(), path)
     if not files:
         raise UserError("no input files were given: name at least one .jsonl, .json.gz or .txt file")
-    return list(files)
+    return list(files.values())
 
 
 def _checked(path: Path, suffixes: tuple[str, ...]) -> Path:
@@ -72,7 +78,7 @@ def _checked(path: Path, suffixes: tuple[str, ...]) -> Path:
         raise UserError(f"input {path} has an unknown ending: use one of {', '.join(suffixes)}")
     if path.stat().st_size == 0:
         raise UserError(f"input {path} is empty (0 bytes): remove it from --input or download it again")
-    return path.resolve()
+    return path.absolute()
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
@@ -91,7 +97,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
         stream: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             for number, line in enumerate(stream, start=1):
-                yield number, line, raw.tell()
+                yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, raw.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: damaged gzip data after line {number} ({error}): download the file again") from error
 

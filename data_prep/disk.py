@@ -11,6 +11,7 @@ from data_prep.sources import PARQUET_SUFFIX
 from poet_megatron.errors import UserError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE})
 BYTES_PER_TOKEN = 4.0
 """Of English text, with a vocabulary of 32,000."""
 EXPANSION = 2.6
@@ -46,6 +47,14 @@ def check_room(folder: Path, needed: int, what: str, hint: str = "") -> None:
             f"{folder} has {megabytes(free)} free, {what} takes about {megabytes(needed)}: "
             f"{megabytes(needed - free)} are missing; free them, or choose another --output{hint}"
         )
+
+
+def unwritable(error: OSError, folder: Path) -> Exception:
+    """The error for an output that the system refuses to write for another reason than want of room; others stay what they are."""
+    if error.errno not in UNWRITABLE:
+        return error
+    reason = "permission denied" if isinstance(error, PermissionError) else error.strerror or str(error)
+    return UserError(f"{error.filename or folder} cannot be written ({reason}): choose another --output, or change its owner")
 
 
 def is_full(error: OSError) -> bool:

@@ -3,13 +3,14 @@
 - `.model`: SentencePiece (T5, Llama, Mistral, or from `prepare train-tokenizer`)
 - `.json`: a Hugging Face tokenizer.json, through the tokenizers library
 - `.tiktoken`: ranks of a byte-level BPE, through tiktoken; the pre-tokenizer's pattern is not in such a file, see `TIKTOKEN_PATTERN`
+- what a folder of prepared data keeps as its `tokenizer.model`, of any kind (`data_prep.tokenizer_file`)
 
-Ids come without special tokens: `data_prep.worker` adds the end-of-sequence and, if asked for, the begin-of-sequence token.
+Ids come without special tokens: `data_prep.worker` adds the end-of-sequence and, if asked for, the begin-of-sequence token. A text that
+looks like a special token, such as `</s>`, stays text with all kinds.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_file import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN, TokenizerFile, read_tokenizer
 from poet_megatron.errors import UserError
 
 Ids = npt.NDArray[np.int32]
@@ -28,6 +30,8 @@ EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>")
 TIKTOKEN_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 """How cl100k_base cuts text before its BPE."""
+TIKTOKEN_EOS = "<|endoftext|>"
+"""The one special token of a .tiktoken file, behind its ranks."""
 
 
 class EncodeBatch(Protocol):
@@ -63,25 +67,13 @@ class Encoder:
 
 
 def load(path: Path, eos_token: str = "", bos_token: str = "", native: bool = True) -> Encoder:
-    """The tokenizer in a file, its kind told by the ending; `eos_token` and `bos_token` name pieces of a tokenizer.json."""
-    content = _read(path)
-    if path.suffix == ".json":
-        return _from_json(path, content, eos_token, bos_token)
+    """The tokenizer in a file; `eos_token` and `bos_token` name pieces of a tokenizer.json."""
+    file = read_tokenizer(path)
+    if file.kind == HUGGING_FACE:
+        return _from_json(path, file, eos_token, bos_token)
     if eos_token or bos_token:
         raise UserError(f"--eos-token and --bos-token are for a tokenizer.json; {path} says itself which tokens these are")
-    if path.suffix == ".tiktoken":
-        return _from_tiktoken(path, content)
-    return _from_sentencepiece(path, content, native)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check --tokenizer") from error
-    if not content:
-        raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
-    return content
+    return _from_tiktoken(path, file) if file.kind == TIKTOKEN else _from_sentencepiece(path, file, native)
 
 
 def flat(lists: Sequence[Sequence[int]]) -> tuple[Ids, Offsets]:
@@ -116,13 +108,13 @@ class _Native:
         return self.tokenizer.decode(ids)
 
 
-def _from_sentencepiece(path: Path, content: bytes, native: bool) -> Encoder:
-    tokenizer = Tokenizer(content, str(path))
+def _from_sentencepiece(path: Path, file: TokenizerFile, native: bool) -> Encoder:
+    tokenizer = Tokenizer(file.content, str(path))
     compiled = native_encoder(path) if native else None
     backend: EncodeBatch = _SentencePiece(tokenizer) if compiled is None else _Native(compiled, tokenizer)
     return Encoder(
-        kind="sentencepiece",
-        sha256=tokenizer.sha256,
+        kind=SENTENCEPIECE,
+        sha256=file.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         bos_id=tokenizer.bos_id,
@@ -151,22 +143,23 @@ class _HuggingFace:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def _from_json(path: Path, content: bytes, eos_token: str, bos_token: str) -> Encoder:
+def _from_json(path: Path, file: TokenizerFile, eos_token: str, bos_token: str) -> Encoder:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(file.content.decode("utf-8"))
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{path} is not a tokenizer.json ({error}): give the file of a Hugging Face fast tokenizer") from error
     tokenizer.no_truncation()  # what the file says about lengths is meant for a model's input, not for data
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return Encoder(
-        kind="tokenizer.json",
-        sha256=hashlib.sha256(content).hexdigest(),
+        kind=HUGGING_FACE,
+        sha256=file.sha256,
         vocab_size=max(vocabulary.values()) + 1,
-        eos_id=_special(path, vocabulary, eos_token, EOS_NAMES, "--eos-token"),
-        bos_id=_special(path, vocabulary, bos_token, BOS_NAMES, "--bos-token"),
+        eos_id=file.eos_id if file.packed and not eos_token else _special(path, vocabulary, eos_token, EOS_NAMES, "--eos-token"),
+        bos_id=file.bos_id if file.packed and not bos_token else _special(path, vocabulary, bos_token, BOS_NAMES, "--bos-token"),
         engine="tokenizers",
         backend=_HuggingFace(tokenizer),
     )
@@ -195,18 +188,14 @@ class _Tiktoken:
         return self.encoding.decode(list(ids))
 
 
-def _from_tiktoken(path: Path, content: bytes) -> Encoder:
+def _from_tiktoken(path: Path, file: TokenizerFile) -> Encoder:
     try:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
     except ImportError as error:
-        raise UserError(f"{path} needs the tiktoken package: pip install tiktoken") from error
-    try:
-        ranks: dict[bytes, int] = load_tiktoken_bpe(str(path))
-        eos_id = max(ranks.values()) + 1
-        encoding = tiktoken.Encoding(
-            path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eos_id}, explicit_n_vocab=None
-        )
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a file of tiktoken ranks ({error}): each line is a token in base64 and its rank") from error
-    return Encoder("tiktoken", hashlib.sha256(content).hexdigest(), eos_id + 1, eos_id, -1, "tiktoken", _Tiktoken(encoding))
+        raise UserError(f"{path} needs the tiktoken package: pip install 'poet-megatron[data]'") from error
+    ranks = file.ranks(path)
+    eos_id = max(ranks.values()) + 1
+    encoding = tiktoken.Encoding(
+        path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={TIKTOKEN_EOS: eos_id}, explicit_n_vocab=None
+    )
+    return Encoder(TIKTOKEN, file.sha256, eos_id + 1, eos_id, -1, "tiktoken", _Tiktoken(encoding))

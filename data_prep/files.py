@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
+
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""How a file system says that it has no hard links."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -19,22 +24,58 @@ def publish(stream: IO[bytes], temporary: Path, path: Path) -> None:
     os.fsync(stream.fileno())
     stream.close()
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file piece by piece, so that a crash leaves either the old one or the new one; returns its hash."""
+    temporary, digest = temporary_name(path), hashlib.sha256()
+    try:
+        with temporary.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+                digest.update(piece)
+            publish(stream, temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file so that a crash leaves either the old one or the new one."""
+    write_pieces(path, [content])
+
+
+def create_atomically(path: Path, content: bytes) -> bool:
+    """Write a small file unless there is one; False if there is. Of several processes one succeeds."""
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
-            publish(stream, temporary, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
 
 
 def sha256_of(path: Path) -> str:

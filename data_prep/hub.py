@@ -9,6 +9,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,10 @@ from poet_megatron.errors import UserError
 
 ATTEMPTS = 6
 FIRST_PAUSE = 2.0
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+"""What another attempt does not mend; `datasets` reports an unknown name as the first."""
+OFFLINE = ("LocalEntryNotFoundError",)
+"""Of huggingface_hub: no connection and no copy here; a FileNotFoundError all the same."""
 SURROGATES = "surrogatepass"
 
 
@@ -39,6 +44,8 @@ class Retry:
                     yield row
                 return
             except _passing_errors() as error:
+                if isinstance(error, PERMANENT) and type(error).__name__ not in OFFLINE:
+                    raise UserError(f"{what} cannot be read ({_short(error)}): check its name, files and your rights to them") from error
                 failures += 1
                 if failures == self.attempts:
                     raise UserError(
@@ -91,15 +98,45 @@ class _ShardReader:
         return Identity(self._bytes, self._digest.hexdigest())
 
     def _texts(self) -> Iterator[tuple[bytes | None, int]]:
-        dataset = self._shard.dataset
-        for row in self._shard.retry.rows(lambda done: iter(dataset.skip(done) if done else dataset), self._shard.name):
-            if self._key not in row:
-                raise UserError(f"{self._shard.name} has no column {self._key!r} (it has {', '.join(row)}): set --text-key")
-            text = row[self._key]
-            content = text.encode("utf-8", SURROGATES) if isinstance(text, str) else None
-            self._digest.update((content or b"") + b"\n")
-            self._bytes += len(content or b"")
-            yield content, 0
+        with _no_second_reads():
+            for row in self._rows():
+                if self._key not in row:
+                    raise UserError(f"{self._shard.name} has no column {self._key!r} (it has {', '.join(row)}): set --text-key")
+                text = row[self._key]
+                content = text.encode("utf-8", SURROGATES) if isinstance(text, str) else None
+                self._digest.update((content or b"") + b"\n")
+                self._bytes += len(content or b"")
+                yield content, 0
+
+    def _rows(self) -> Iterator[Any]:
+        dataset, name, done = self._shard.dataset, self._shard.name, 0
+        try:
+            for row in self._shard.retry.rows(lambda done: iter(dataset.skip(done) if done else dataset), name):
+                done += 1
+                yield row
+        except UserError:
+            raise
+        except Exception as error:  # of the library that parses the file
+            raise UserError(
+                f"{name} cannot be read after {done} rows ({_short(error)}): download its file and use --input, which skips what is bad"
+            ) from error
+
+
+@contextmanager
+def _no_second_reads() -> Iterator[None]:
+    """Let an error in the middle of a read reach our `Retry`, which begins the shard again.
+
+    `datasets` repeats the read itself, on the same gzip stream. What the broken read had taken from it is gone then: text in the middle of
+    the file, without a word if what is left of two lines happens to be one line of JSON.
+    """
+    import datasets
+
+    before = datasets.config.STREAMING_READ_MAX_RETRIES
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    try:
+        yield
+    finally:
+        datasets.config.STREAMING_READ_MAX_RETRIES = before
 
 
 def find_shards(

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.files import publish, temporary_name
+from data_prep.files import publish, temporary_name, write_pieces
 from poet_megatron.errors import UserError
 
 HEADER = b"MMIDIDX\x00\x00"
@@ -51,8 +53,10 @@ class IndexedWriter:
         self.documents = self.tokens = 0
         self._lengths = array("i")
         self._digest = hashlib.sha256()
+        self.index_sha256 = ""
+        """Hash of the index, once the `with` block has ended."""
         self._temporary = temporary_name(bin_path(prefix))
-        self._bin = self._temporary.open("wb")
+        self._bin: IO[bytes] = io.BytesIO()  # until the `with` block begins
 
     @property
     def sha256(self) -> str:
@@ -77,6 +81,7 @@ class IndexedWriter:
         self.tokens += len(ids)
 
     def __enter__(self) -> IndexedWriter:
+        self._bin = self._temporary.open("wb")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -93,14 +98,9 @@ class IndexedWriter:
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.zeros(0, np.int32)
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * np.dtype(self.dtype).itemsize, out=pointers[1:])
-        temporary = temporary_name(idx_path(self.prefix))
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(HEADER + struct.pack("<QBQQ", 1, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
-                stream.write(lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-                publish(stream, temporary, idx_path(self.prefix))
-        finally:
-            temporary.unlink(missing_ok=True)
+        head = HEADER + struct.pack("<QBQQ", 1, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1)
+        content = (head, lengths.tobytes(), pointers.tobytes(), np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        self.index_sha256 = write_pieces(idx_path(self.prefix), content)
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,22 @@ class IndexedTokens:
 def read_indexed(prefix: Path) -> IndexedTokens:
     """Open a dataset written by `IndexedWriter` (or by Megatron with one sequence per document)."""
     try:
-        content = idx_path(prefix).read_bytes()
-        stored = bin_path(prefix).stat().st_size
+        with idx_path(prefix).open("rb") as stream:
+            head = stream.read(HEADER_BYTES)
+        size, stored = idx_path(prefix).stat().st_size, bin_path(prefix).stat().st_size
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): run poet-megatron prepare again") from error
-    head = HEADER_BYTES
-    if len(content) < head or content[: len(HEADER)] != HEADER:
+    if len(head) < HEADER_BYTES or head[: len(HEADER)] != HEADER:
         raise UserError(f"{idx_path(prefix)} is not a Megatron index (wrong or short header): run poet-megatron prepare again")
-    _, code, count, _ = struct.unpack_from("<QBQQ", content, len(HEADER))
+    _, code, count, _ = struct.unpack_from("<QBQQ", head, len(HEADER))
     dtypes = {value: key for key, value in DTYPE_CODES.items()}
-    if code not in dtypes or len(content) < head + 4 * count:
+    if code not in dtypes or size < HEADER_BYTES + 4 * count:
         raise UserError(
-            f"{idx_path(prefix)} is damaged (dtype code {code}, {count} sequences, {len(content)} bytes): run poet-megatron prepare again"
+            f"{idx_path(prefix)} is damaged (dtype code {code}, {count} sequences, {size} bytes): run poet-megatron prepare again"
         )
     starts = np.zeros(count + 1, np.int64)
-    np.cumsum(np.frombuffer(content, np.int32, count, head), out=starts[1:], dtype=np.int64)
+    if count:
+        np.cumsum(np.memmap(idx_path(prefix), np.int32, "r", HEADER_BYTES, (count,)), out=starts[1:], dtype=np.int64)
     expected = int(starts[-1]) * np.dtype(dtypes[code]).itemsize
     if stored != expected:
         raise UserError(f"{bin_path(prefix)} has {stored} bytes; its index says {expected}: run poet-megatron prepare again")

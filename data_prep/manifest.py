@@ -48,6 +48,8 @@ class SplitCounts:
     bin_bytes: int
     idx_bytes: int
     bin_sha256: str
+    idx_sha256: str = ""
+    """Empty in folders made before it was kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.disk import DiskFullError, check_room, free_bytes, is_full, megabytes
-from data_prep.files import publish, temporary_name, write_atomically
-from data_prep.indexed import DTYPE_CODES, HEADER, HEADER_BYTES, token_dtype
+from data_prep.disk import DiskFullError, check_room, free_bytes, is_full, megabytes, unwritable
+from data_prep.files import sha256_of, write_atomically, write_pieces
+from data_prep.indexed import DTYPE_CODES, HEADER, HEADER_BYTES, bin_path, idx_path, token_dtype
 from data_prep.lengths import Lengths, histogram_svg
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, Request, Source, SplitCounts
 from data_prep.parts import PartManifest, part_name
-from data_prep.settings import Plan
+from data_prep.settings import PLAN_NAME, Plan
+from data_prep.tokenizer_file import read_tokenizer
 from poet_megatron.errors import UserError
 
 COPY_BYTES = 8 << 20
@@ -66,18 +67,19 @@ def merge(
     first = collections[0].plan
     for collection in collections[1:]:
         _check_alike(first, collection.plan, collections[0].folder, collection.folder)
-    model = _tokenizer_bytes(tokenizer or Path(first.settings["tokenizer"]), first)
-    _prepare_output(output, force)
+    model = _kept_tokenizer(tokenizer or Path(first.settings["tokenizer"]), first)
+    request = _request(collections)
     needed = sum(
         counts.get(f"{kind}_bytes", 0) for c in collections for p in c.parts for counts in p.splits.values() for kind in ("bin", "idx")
     )
-    check_room(output, needed, "merging the parts")
     try:
+        _prepare_output(output, request, force)
+        check_room(output, needed, "merging the parts")
         splits = {name: _Join(collections, name, token_dtype(first.tokenizer["vocab_size"])).write(output / name) for name in SPLITS}
         write_atomically(output / TOKENIZER_NAME, model)
         lengths = _lengths(collections)
         write_atomically(output / PICTURE_NAME, histogram_svg(lengths).encode())
-        manifest = _manifest(collections, splits, lengths, command)
+        manifest = _manifest(collections, request, splits, lengths, hashlib.sha256(model).hexdigest(), command)
         manifest.save(output)
     except OSError as error:
         if is_full(error):
@@ -86,7 +88,7 @@ def merge(
                 f"no room left in {output} while merging, which takes {megabytes(needed)} ({megabytes(left)} are missing): the parts are "
                 "untouched; free some and run the same command again"
             ) from error
-        raise
+        raise unwritable(error, output) from error
     return manifest
 
 
@@ -101,27 +103,30 @@ def _check_alike(first: Plan, other: Plan, folder: Path, other_folder: Path) -> 
         )
 
 
-def _tokenizer_bytes(path: Path, plan: Plan) -> bytes:
-    """Content of the tokenizer's file, checked."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): say with --tokenizer where it is now") from error
-    if hashlib.sha256(content).hexdigest() != plan.tokenizer["sha256"]:
+def _kept_tokenizer(path: Path, plan: Plan) -> bytes:
+    """What the folder keeps of the tokenizer, whose file must be the one that made the parts."""
+    if not path.exists():
+        raise UserError(f"tokenizer {path} does not exist: say with --tokenizer where it is now")
+    file = read_tokenizer(path)
+    if file.sha256 != plan.tokenizer["sha256"]:
         raise UserError(f"tokenizer {path} is not the one that made the parts: give that file with --tokenizer")
-    return content
+    return file.kept(plan.tokenizer["eos_id"], plan.tokenizer["bos_id"])
 
 
-def _prepare_output(output: Path, force: bool) -> None:
+def _prepare_output(output: Path, request: Request, force: bool) -> None:
+    """Mark the folder as incomplete: a merge that is killed can be repeated, and nobody trains on its remains."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
+    if (output / PLAN_NAME).exists():
+        raise UserError(f"{output} holds parts ({PLAN_NAME}): choose another --output")
     present = [name for name in (MANIFEST_NAME, "train.bin", "valid.bin") if (output / name).exists()]
-    if present and not force:
+    if present and not force and (present[0] != MANIFEST_NAME or Manifest.load(output).complete):
         raise UserError(f"{output} holds {present[0]}: choose another --output, or overwrite it with --force")
     output.mkdir(parents=True, exist_ok=True)
-    (output / MANIFEST_NAME).unlink(missing_ok=True)  # what is there is not complete until the new one is written
-    for remains in output.glob(".*.tmp"):
-        remains.unlink()
+    Manifest(request=request).save(output)
+    for pattern in (".*.tmp", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))):
+        for remains in output.glob(pattern):
+            remains.unlink()
 
 
 @dataclass
@@ -141,10 +146,8 @@ class _Join:
 
     def write(self, prefix: Path) -> SplitCounts:
         """Write both files and return what they hold."""
-        bin_path, idx_path = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
-        digest = hashlib.sha256()
-        _write(bin_path, self._tokens(), digest.update)
-        _write(idx_path, self._index(), lambda _: None)
+        bin_file, idx_file = bin_path(prefix), idx_path(prefix)
+        bin_sha256, idx_sha256 = write_pieces(bin_file, self._tokens()), write_pieces(idx_file, self._index())
         total = Counter[str]()
         for _, counts in self.pieces():
             total.update({name: counts[name] for name in ("documents", "tokens", "text_bytes")})
@@ -152,27 +155,28 @@ class _Join:
             documents=total["documents"],
             tokens=total["tokens"],
             text_bytes=total["text_bytes"],
-            bin_bytes=bin_path.stat().st_size,
-            idx_bytes=idx_path.stat().st_size,
-            bin_sha256=digest.hexdigest(),
+            bin_bytes=bin_file.stat().st_size,
+            idx_bytes=idx_file.stat().st_size,
+            bin_sha256=bin_sha256,
+            idx_sha256=idx_sha256,
         )
 
     def _tokens(self) -> Iterator[bytes]:
         """Content of the .bin files; one that changed since it was committed is a UserError."""
         for prefix, counts in self.pieces():
-            path, digest = prefix.with_name(prefix.name + ".bin"), hashlib.sha256()
+            path, digest = bin_path(prefix), hashlib.sha256()
             with path.open("rb") as stream:
                 while piece := stream.read(COPY_BYTES):
                     digest.update(piece)
                     yield piece
-            if digest.hexdigest() != counts["bin_sha256"]:
-                raise UserError(f"{path} is damaged (its hash differs from its manifest's): remove it, tokenize again and merge again")
+            _check_hash(path, digest.hexdigest(), counts["bin_sha256"])
 
     def _index(self) -> Iterator[bytes]:
-        """Content of the .idx file: header, lengths, byte pointers, document boundaries."""
+        """Content of the .idx file: header, lengths, byte pointers, document boundaries; a part's that changed is a UserError."""
         count = sum(counts["documents"] for _, counts in self.pieces())
         yield HEADER + struct.pack("<QBQQ", 1, DTYPE_CODES[self.dtype], count, count + 1)
         for prefix, counts in self.pieces():
+            _check_hash(idx_path(prefix), sha256_of(idx_path(prefix)), counts["idx_sha256"])
             yield _part_lengths(prefix, counts["documents"]).tobytes()
         start = 0
         for prefix, counts in self.pieces():
@@ -185,20 +189,12 @@ class _Join:
 
 
 def _part_lengths(prefix: Path, count: int) -> npt.NDArray[np.int32]:
-    return np.fromfile(prefix.with_name(prefix.name + ".idx"), np.int32, count, offset=HEADER_BYTES)
+    return np.fromfile(idx_path(prefix), np.int32, count, offset=HEADER_BYTES)
 
 
-def _write(path: Path, content: Iterator[bytes], see: Callable[[bytes], None]) -> None:
-    """Write a file piece by piece under its final name or not at all."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as stream:
-            for piece in content:
-                stream.write(piece)
-                see(piece)
-            publish(stream, temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _check_hash(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise UserError(f"{path} is damaged (its hash differs from its manifest's): remove it, tokenize again and merge again")
 
 
 def _lengths(collections: Sequence[Collection]) -> Lengths:
@@ -209,7 +205,25 @@ def _lengths(collections: Sequence[Collection]) -> Lengths:
     return total
 
 
-def _manifest(collections: Sequence[Collection], splits: dict[str, SplitCounts], lengths: Lengths, command: Sequence[str]) -> Manifest:
+def _request(collections: Sequence[Collection]) -> Request:
+    plan = collections[0].plan
+    return Request(
+        inputs=[Source(**part.source) for collection in collections for part in collection.parts],
+        valid_inputs=[],
+        vocab_size=plan.tokenizer["vocab_size"],
+        tokenizer_sha256=plan.tokenizer["sha256"],
+        valid_fraction=plan.settings["valid_fraction"],
+    )
+
+
+def _manifest(
+    collections: Sequence[Collection],
+    request: Request,
+    splits: dict[str, SplitCounts],
+    lengths: Lengths,
+    kept_sha256: str,
+    command: Sequence[str],
+) -> Manifest:
     plan, parts = collections[0].plan, [part for collection in collections for part in collection.parts]
     skipped, filtered = Counter[str](), Counter[str]()
     for part in parts:
@@ -217,16 +231,10 @@ def _manifest(collections: Sequence[Collection], splits: dict[str, SplitCounts],
         filtered.update({reason: found["count"] for reason, found in part.filtered.items()})
     return Manifest(
         complete=True,
-        request=Request(
-            inputs=[Source(**part.source) for part in parts],
-            valid_inputs=[],
-            vocab_size=plan.tokenizer["vocab_size"],
-            tokenizer_sha256=plan.tokenizer["sha256"],
-            valid_fraction=plan.settings["valid_fraction"],
-        ),
+        request=request,
         vocab_size=plan.tokenizer["vocab_size"],
         eos_id=plan.tokenizer["eos_id"],
-        tokenizer_sha256=plan.tokenizer["sha256"],
+        tokenizer_sha256=kept_sha256,
         splits=splits,
         skipped=dict(sorted(skipped.items())),
         versions=parts[0].versions,

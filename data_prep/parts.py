@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.dedup import SeenHashes
-from data_prep.files import sha256_of, write_atomically
+from data_prep.files import write_atomically
 from data_prep.indexed import IndexedWriter, bin_path, idx_path
 from data_prep.lengths import Lengths
 from data_prep.manifest import SPLITS
@@ -25,6 +25,7 @@ from poet_megatron.errors import UserError
 SHOWN_POSITIONS = 20
 """Record numbers that a manifest lists for each reason."""
 DUPLICATE = "duplicate"
+HASH_BYTES = np.dtype(np.uint64).itemsize
 FORMAT = 1
 
 
@@ -84,15 +85,18 @@ class PartManifest:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}): remove it, then tokenize again makes this part anew") from error
 
-    def damage(self, folder: Path) -> str | None:
-        """What is missing or has another size, or None."""
-        for split, counts in self.splits.items():
-            for kind in ("bin", "idx") if counts["documents"] else ():
-                path = folder / f"{part_name(self.part)}.{split}.{kind}"
-                if not path.is_file():
-                    return f"{path} is missing"
-                if (size := path.stat().st_size) != counts[f"{kind}_bytes"]:
-                    return f"{path} has {size} bytes instead of {counts[f'{kind}_bytes']}"
+    def damage(self, folder: Path, with_hashes: bool = False) -> str | None:
+        """What is missing or has another size, or None; `with_hashes` looks at the hashes of its documents too."""
+        filled = [(split, counts) for split, counts in self.splits.items() if counts["documents"]]
+        wanted = {f"{split}.{kind}": counts[f"{kind}_bytes"] for split, counts in filled for kind in ("bin", "idx")}
+        if with_hashes:
+            wanted["hashes"] = HASH_BYTES * sum(counts["documents"] for _, counts in filled)
+        for ending, size in wanted.items():
+            path = folder / f"{part_name(self.part)}.{ending}"
+            if not path.is_file():
+                return f"{path} is missing"
+            if (found := path.stat().st_size) != size:
+                return f"{path} has {found} bytes instead of {size}"
         return None
 
 
@@ -142,8 +146,10 @@ class PartWriter:
             self._text_bytes[name] += int(block.text_bytes[chosen].sum())
 
     def __enter__(self) -> PartWriter:
-        for writer in self._writers.values():
-            self._stack.enter_context(writer)
+        with contextlib.ExitStack() as stack:  # what is open already is closed if the next cannot be opened
+            for writer in self._writers.values():
+                stack.enter_context(writer)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -178,7 +184,7 @@ class PartWriter:
                 path.unlink()
             return counts
         counts |= {f"{kind}_bytes": path.stat().st_size for kind, path in files.items()}
-        return counts | {"bin_sha256": writer.sha256, "idx_sha256": sha256_of(files["idx"])}
+        return counts | {"bin_sha256": writer.sha256, "idx_sha256": writer.index_sha256}
 
 
 class _Abandoned(Exception):

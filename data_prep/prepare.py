@@ -122,7 +122,7 @@ def plan(
         raise UserError(f"valid_fraction is {valid_fraction}; it must be between 0 and 1 (exclusive): or give --valid-input files")
     main = Inputs(tuple(expand(inputs)) if inputs is not None else ())
     held_out = Inputs(tuple(expand(valid_inputs))) if valid_inputs else None
-    if held_out and (both := set(main.files) & set(held_out.files)):
+    if held_out and (both := {path.resolve() for path in main.files} & {path.resolve() for path in held_out.files}):
         raise UserError(f"{sorted(both)[0]} is both a training and a validation input: remove it from one of them")
     request = Request(
         inputs=main.sources(),
@@ -268,6 +268,7 @@ def _counts(writer: IndexedWriter, text_bytes: int) -> SplitCounts:
         bin_bytes=bin_path(writer.prefix).stat().st_size,
         idx_bytes=idx_path(writer.prefix).stat().st_size,
         bin_sha256=writer.sha256,
+        idx_sha256=writer.index_sha256,
     )
 
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 
 from data_prep.blocks import Block, too_long
+from data_prep.corpus import BYTE_ORDER_MARK
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 INVALID_UTF8 = "invalid UTF-8"
 INVALID_JSON = "invalid JSON"
 NOT_AN_OBJECT = "not a JSON object"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_prep.encoders import Encoder
-from data_prep.files import write_atomically
+from data_prep.files import create_atomically
 from data_prep.sources import Source
 from poet_megatron.errors import UserError
 
@@ -114,23 +115,31 @@ class Plan:
             raise UserError(f"{path} cannot be read ({error}): tokenize into another folder") from error
 
     def fingerprint(self) -> str:
-        """Hash by which a part knows its plan; the paths of tokenizer and sources may change, their content may not."""
+        """Hash by which a part knows its plan; tokenizer and sources may move together, their content and order may not change."""
         settings = {**self.settings, "tokenizer": ""}
-        names = [(Path(source["name"]).name, source["bytes"]) for source in self.sources]
+        names = [(name, source["bytes"]) for name, source in zip(self._moved_names(), self.sources, strict=True)]
         content = json.dumps([self.format, settings, self.tokenizer, names, self.shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def _moved_names(self) -> list[str]:
+        """Names of the sources without the folder that they share."""
+        names = [source["name"] for source in self.sources]
+        if not names or not all(name.startswith("/") for name in names):
+            return names
+        shared = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
+        return [os.path.relpath(name, shared) for name in names]
+
     def establish(self, folder: Path) -> None:
-        """Write the plan into `folder`, or check that the one there is the same."""
-        if (folder / PLAN_NAME).exists():
-            earlier = Plan.load(folder)
-            if earlier.fingerprint() != self.fingerprint():
-                raise UserError(
-                    f"{folder} holds parts of another request ({'; '.join(self._differences(earlier))}): repeat the first command, "
-                    "or choose another --output"
-                )
-        else:
-            write_atomically(folder / PLAN_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        """Write the plan into `folder`, or check that the one there is the same; of tasks that begin together one writes it."""
+        content = (json.dumps(asdict(self), indent=1) + "\n").encode()
+        if not (folder / PLAN_NAME).exists() and create_atomically(folder / PLAN_NAME, content):
+            return
+        earlier = Plan.load(folder)
+        if earlier.fingerprint() != self.fingerprint():
+            raise UserError(
+                f"{folder} holds parts of another request ({'; '.join(self._differences(earlier))}): repeat the first command, "
+                "or choose another --output"
+            )
 
     def _differences(self, earlier: Plan) -> list[str]:
         found = []

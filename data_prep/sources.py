@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.blocks import Block, DamagedInput, line_blocks, text_blocks, too_long
-from data_prep.corpus import JSON_SUFFIXES, TEXT_SUFFIXES, expand
-from data_prep.files import sha256_of
-from data_prep.streams import HashedFile, chunks, zstd_library
+from data_prep.corpus import BYTE_ORDER_MARK, JSON_SUFFIXES, TEXT_SUFFIXES, expand
+from data_prep.streams import HashedFile, chunks, unreadable, zstd_library
 from poet_megatron.errors import UserError
 
 ZSTD_SUFFIXES = (".jsonl.zst", ".json.zst", ".txt.zst")
@@ -67,8 +66,31 @@ class FileSource:
     def open(self, key: str, max_bytes: int) -> Reader:
         """A pass over the file."""
         if self.path.name.endswith(PARQUET_SUFFIX):
-            return _ParquetReader(self.path, key)
-        return _FileReader(self.path, max_bytes)
+            return _ParquetReader(self, key)
+        return _FileReader(self, max_bytes)
+
+
+class _Watch:
+    """Whether a file stays as it is while it is read."""
+
+    def __init__(self, source: FileSource):
+        self._source = source
+        self._before = self._facts()
+
+    def check(self) -> None:
+        """The part would be neither the file that was there nor the one that is there now."""
+        if (now := self._facts()) != self._before or now[0] != self._source.bytes:
+            raise UserError(
+                f"{self._source.path} changed while it was read ({self._source.bytes} bytes, now {now[0]}): nothing of it is kept; "
+                "run the same command again when nothing writes to it, with another --output if its size is not the same"
+            )
+
+    def _facts(self) -> tuple[int, int]:
+        try:
+            status = self._source.path.stat()
+        except OSError as error:
+            raise unreadable(self._source.path, error) from error
+        return status.st_size, status.st_mtime_ns
 
 
 def find_files(patterns: Sequence[str]) -> list[FileSource]:
@@ -90,8 +112,9 @@ def find_files(patterns: Sequence[str]) -> list[FileSource]:
 class _FileReader:
     """Lines of JSON, or a text file as one record."""
 
-    def __init__(self, path: Path, max_bytes: int):
-        self._path, self._max_bytes = path, max_bytes
+    def __init__(self, source: FileSource, max_bytes: int):
+        self._path, self._max_bytes = source.path, max_bytes
+        self._watch = _Watch(source)
         self._identity: Identity | None = None
 
     def blocks(self) -> Iterator[Block]:
@@ -105,6 +128,7 @@ class _FileReader:
 
     def identity(self) -> Identity:
         assert self._identity is not None
+        self._watch.check()
         return self._identity
 
     def _whole(self, raw: HashedFile) -> Block:
@@ -117,7 +141,7 @@ class _FileReader:
                     return Block(1, 1, raw.position(), lost=too_long(self._max_bytes))
         except DamagedInput as error:
             return Block(1, 1, raw.position(), lost=str(error))
-        return Block(1, 1, raw.position(), texts=(b"".join(pieces),))
+        return Block(1, 1, raw.position(), texts=(b"".join(pieces).removeprefix(BYTE_ORDER_MARK),))
 
 
 def parquet_library() -> Any:
@@ -132,19 +156,22 @@ def parquet_library() -> Any:
 class _ParquetReader:
     """A column of a Parquet file, some rows at a time."""
 
-    def __init__(self, path: Path, key: str):
-        self._path, self._key = path, key
+    def __init__(self, source: FileSource, key: str):
+        self._path, self._bytes, self._key = source.path, source.bytes, key
+        self._watch = _Watch(source)
 
     def blocks(self) -> Iterator[Block]:
         return text_blocks(self._texts())
 
     def identity(self) -> Identity:
-        return Identity(self._path.stat().st_size, sha256_of(self._path))
+        with HashedFile(self._path) as raw:
+            digest = raw.sha256()
+        self._watch.check()
+        return Identity(raw.read_bytes, digest)
 
     def _texts(self) -> Iterator[tuple[bytes | None, int]]:
         import pyarrow
 
-        size = self._path.stat().st_size
         try:
             with parquet_library().ParquetFile(self._path) as file:
                 self._check(file.schema_arrow)
@@ -152,8 +179,10 @@ class _ParquetReader:
                 for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[self._key], use_threads=False):
                     for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                         done += 1
-                        yield text, size * done // rows
+                        yield text, self._bytes * done // rows
         except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own, about the content, have no number
+                raise unreadable(self._path, error) from error
             raise DamagedInput("corrupt parquet") from error
 
     def _check(self, schema: Any) -> None:

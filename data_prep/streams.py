@@ -21,17 +21,23 @@ ZSTD_STEP = 1 << 12
 
 
 class HashedFile:
-    """A file read from front to end, with its SHA-256."""
+    """A file read from front to end, with its SHA-256. That it cannot be read is a UserError."""
 
     def __init__(self, path: Path):
         self.path = path
         self.read_bytes = 0
         self._digest = hashlib.sha256()
-        self._stream = path.open("rb")
+        try:
+            self._stream = path.open("rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def read(self, count: int) -> bytes:
         """The next bytes, empty at the end."""
-        data = self._stream.read(count)
+        try:
+            data = self._stream.read(count)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         self._digest.update(data)
         self.read_bytes += len(data)
         return data
@@ -51,6 +57,11 @@ class HashedFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stream.close()
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error for a source that the system does not give."""
+    return UserError(f"input {path} cannot be read ({error.strerror or error}): finished parts are kept; run the same command again later")
 
 
 class _Decoder(Protocol):

@@ -75,6 +75,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check --tokenizer") from error
     if not model:
         raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
+    if model.startswith(b"{"):
+        raise UserError(f"tokenizer {path} is no SentencePiece model: use poet-megatron prepare tokenize and merge, which take other kinds")
     return Tokenizer(model, str(path))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.dedup import SeenHashes
-from data_prep.disk import DiskFullError, check_room, estimate, free_bytes, is_full, megabytes
+from data_prep.disk import DiskFullError, check_room, estimate, free_bytes, is_full, megabytes, unwritable
 from data_prep.encoders import Encoder
 from data_prep.indexed import token_dtype
 from data_prep.parts import PartManifest, PartWriter, load_hashes, part_name, remove_remains
@@ -75,12 +75,10 @@ def tokenize(
         output.mkdir(parents=True, exist_ok=True)
         plan.establish(output)
         return _Run(sources, output, settings, plan, shard, encoder, strict, list(command)).run(workers, check_space)
-    except PermissionError as error:
-        raise UserError(f"{error.filename} cannot be written (permission denied): choose another --output, or change its owner") from error
     except OSError as error:
         if is_full(error):
             raise DiskFullError(f"no room left in {output} before the first part: free some and run the same command again") from error
-        raise
+        raise unwritable(error, output) from error
 
 
 @dataclass
@@ -132,7 +130,7 @@ class _Run:
             return None
         if part.plan != self.plan.fingerprint():
             raise UserError(f"{self.output / part_name(number)}.json belongs to another request: choose another --output")
-        if reason := part.damage(self.output):
+        if reason := part.damage(self.output, with_hashes=self.settings.dedup):
             _say(f"{part_name(number)} is made again: {reason}")
             return None
         return part

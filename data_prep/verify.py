@@ -102,8 +102,11 @@ def _check_merged(folder: Path, manifest: Manifest, findings: Findings) -> None:
     for split, counts in manifest.splits.items():
         wanted = {name: getattr(counts, name) for name in ("documents", "tokens", "bin_bytes", "idx_bytes", "bin_sha256")}
         _check_pair(folder / split, wanted, rules, findings)
-    if sha256_of(folder / TOKENIZER_NAME) != manifest.tokenizer_sha256:
-        findings.problems.append(f"{folder / TOKENIZER_NAME}: sha256 differs from the manifest's")
+    kept = folder / TOKENIZER_NAME
+    if not kept.is_file():
+        findings.problems.append(f"{kept}: missing")
+    elif sha256_of(kept) != manifest.tokenizer_sha256:
+        findings.problems.append(f"{kept}: sha256 differs from the manifest's")
 
 
 def _check_pair(prefix: Path, wanted: dict[str, Any], rules: _Rules, findings: Findings) -> None:
@@ -167,12 +170,9 @@ def _check_sources(sources: Any, findings: Findings) -> None:
             findings.problems.append(f"source {path}: sha256 differs from the manifest's")
 
 
-def _merged_encoder(folder: Path, manifest: Manifest, tokenizer: Path | None) -> Encoder | None:
-    """The folder's tokenizer; its file has one name for all kinds, so the kind comes from the manifest."""
-    details = manifest.details
-    if tokenizer is None and details.get("tokenizer", {}).get("kind", "sentencepiece") != "sentencepiece":
-        return None
-    names = {name: details.get("settings", [{}])[0].get(name, "") for name in ("eos_token", "bos_token")}
+def _merged_encoder(folder: Path, manifest: Manifest, tokenizer: Path | None) -> Encoder:
+    """The folder's tokenizer, or the one given."""
+    names = {name: manifest.details.get("settings", [{}])[0].get(name, "") for name in ("eos_token", "bos_token")}
     return encoders.load(tokenizer or folder / TOKENIZER_NAME, **names, native=False)
 
 

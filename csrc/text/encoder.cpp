@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -14,35 +15,39 @@ namespace poet::text {
 namespace {
 
 constexpr int joint_bits = 19;
+constexpr std::size_t least_bytes = 4096; /* for a thread: some 50 us of work */
 
 }  // namespace
 
-/* A workspace for as long as a call lasts: calls from several threads get different ones. */
+/* Workspaces for as long as a call lasts: calls from several threads get different ones. The threads of one call get those that they had in
+   the call before, in the same order, since these are still in the caches of their processors. */
 class Encoder::Lease {
  public:
-  explicit Lease(const Encoder* encoder) : encoder_(encoder) {
+  Lease(const Encoder* encoder, std::size_t count) : encoder_(encoder), workspaces_(count) {
     const std::lock_guard lock(encoder->mutex_);
-    if (!encoder->idle_.empty()) {
-      workspace_ = std::move(encoder->idle_.back());
-      encoder->idle_.pop_back();
-    }
-    if (!workspace_) workspace_ = std::make_unique<Workspace>();
+    auto& idle = encoder->idle_;
+    const std::size_t kept = std::min(count, idle.size());
+    std::move(idle.end() - static_cast<std::ptrdiff_t>(kept), idle.end(), workspaces_.begin());
+    idle.resize(idle.size() - kept);
   }
   ~Lease() {
     const std::lock_guard lock(encoder_->mutex_);
     try {
-      encoder_->idle_.push_back(std::move(workspace_));
-    } catch (const std::bad_alloc&) { /* the next call makes a new one */
+      std::move(workspaces_.begin(), workspaces_.end(), std::back_inserter(encoder_->idle_));
+    } catch (const std::bad_alloc&) { /* the next call makes new ones */
     }
   }
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
 
-  Workspace* get() const { return workspace_.get(); }
+  Workspace* get(std::size_t number) {
+    if (!workspaces_[number]) workspaces_[number] = std::make_unique<Workspace>();
+    return workspaces_[number].get();
+  }
 
  private:
   const Encoder* encoder_;
-  std::unique_ptr<Workspace> workspace_;
+  std::vector<std::unique_ptr<Workspace>> workspaces_;
 };
 
 Encoder::Encoder(Model model, Normalizer normalizer)
@@ -78,44 +83,55 @@ inline bool Encoder::joined(std::uint32_t left, std::uint32_t right) const {
   return (left | right) < 128 ? ascii_joints_[left << 7 | right] : joints_[joint_of(left, right)];
 }
 
+/* What one of several threads encodes. On cache lines of its own: `ids` grows with every word. */
+struct alignas(64) Encoder::Share {
+  std::size_t begin = 0, end = 0; /* of its texts */
+  std::vector<std::int32_t> ids;
+  std::exception_ptr error;
+};
+
+/* Consecutive texts, of about as many bytes in each share; no more shares than texts, and none so small that a thread takes longer to start. */
+std::vector<Encoder::Share> Encoder::share_out(const std::vector<std::string_view>& texts, int threads) {
+  std::size_t bytes = 0, seen = 0, next = 0;
+  for (const std::string_view text : texts) bytes += text.size();
+  const std::size_t most = std::min(texts.size(), bytes / least_bytes);
+  std::vector<Share> shares(std::clamp<std::size_t>(most, 1, static_cast<std::size_t>(std::max(threads, 1))));
+  for (std::size_t i = 0; i < texts.size(); seen += texts[i++].size())
+    while (next < shares.size() && next * bytes <= seen * shares.size()) shares[next++].begin = i;
+  while (next < shares.size()) shares[next++].begin = texts.size();
+  for (std::size_t i = 0; i < shares.size(); ++i) shares[i].end = i + 1 < shares.size() ? shares[i + 1].begin : texts.size();
+  return shares;
+}
+
 void Encoder::encode(const std::vector<std::string_view>& texts, int threads, std::vector<std::int32_t>* ids, std::int64_t* ends) const {
-  if (threads <= 1 || texts.size() < 2) {
-    const Lease lease(this);
-    encode_some(texts.data(), texts.size(), lease.get(), ids, ends);
+  std::vector<Share> shares = share_out(texts, threads);
+  Lease lease(this, shares.size());
+  if (shares.size() == 1) {
+    encode_some(texts.data(), texts.size(), lease.get(0), ids, ends);
     return;
   }
-  std::size_t bytes = 0;
-  for (const std::string_view text : texts) bytes += text.size();
-  const auto parts = static_cast<std::size_t>(threads);
-  std::vector<std::size_t> starts; /* of parts of about as many bytes each */
-  std::size_t seen = 0;
-  for (std::size_t i = 0; i < texts.size(); seen += texts[i++].size())
-    while (starts.size() < parts && starts.size() * bytes <= seen * parts) starts.push_back(i);
-  starts.resize(parts + 1, texts.size());
-  std::vector<std::vector<std::int32_t>> part_ids(parts);
-  std::vector<std::exception_ptr> errors(parts);
-  const auto run = [&](std::size_t part) noexcept {
+  const auto run = [&](std::size_t number) noexcept {
+    Share& share = shares[number];
     try {
-      const Lease lease(this);
-      encode_some(texts.data() + starts[part], starts[part + 1] - starts[part], lease.get(), &part_ids[part], ends + starts[part]);
+      encode_some(texts.data() + share.begin, share.end - share.begin, lease.get(number), &share.ids, ends + share.begin);
     } catch (...) {
-      errors[part] = std::current_exception();
+      share.error = std::current_exception();
     }
   };
   std::vector<std::thread> others;
-  others.reserve(parts - 1);
+  others.reserve(shares.size() - 1);
   std::size_t started = 1;
   try {
-    for (; started < parts; ++started) others.emplace_back(run, started);
+    for (; started < shares.size(); ++started) others.emplace_back(run, started);
   } catch (const std::exception&) { /* no more threads to be had: this one does what is left */
   }
   run(0);
-  for (std::size_t part = started; part < parts; ++part) run(part);
+  for (std::size_t number = started; number < shares.size(); ++number) run(number);
   for (std::thread& thread : others) thread.join();
-  for (std::size_t part = 0; part < parts; ++part) {
-    if (errors[part]) std::rethrow_exception(errors[part]);
-    for (std::size_t i = starts[part]; i < starts[part + 1]; ++i) ends[i] += static_cast<std::int64_t>(ids->size());
-    ids->insert(ids->end(), part_ids[part].begin(), part_ids[part].end());
+  for (const Share& share : shares) {
+    if (share.error) std::rethrow_exception(share.error);
+    for (std::size_t i = share.begin; i < share.end; ++i) ends[i] += static_cast<std::int64_t>(ids->size());
+    ids->insert(ids->end(), share.ids.begin(), share.ids.end());
   }
 }
 

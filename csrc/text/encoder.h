@@ -35,15 +35,17 @@ class Encoder {
   void encode(const std::vector<std::string_view>& texts, int threads, std::vector<std::int32_t>* ids, std::int64_t* ends) const;
 
  private:
-  /* What one thread needs. */
-  struct Workspace {
+  /* What one thread needs, on cache lines of its own. */
+  struct alignas(64) Workspace {
     WordCache cache;
     std::string normalized;
     std::vector<Part> parts;
   };
   class Lease;
+  struct Share;
 
   void add_joints();
+  static std::vector<Share> share_out(const std::vector<std::string_view>& texts, int threads);
   static std::size_t joint_of(std::uint32_t left, std::uint32_t right);
   bool joined(std::uint32_t left, std::uint32_t right) const;
   void encode_some(const std::string_view* texts, std::size_t count, Workspace* workspace, std::vector<std::int32_t>* ids,

@@ -1,4 +1,4 @@
-"""Converts a sentencepiece model to a Hugging Face fast tokenizer whose ids are sentencepiece's.
+"""Converts the tokenizer of a run to a Hugging Face fast tokenizer with the same ids: sentencepiece models here, others next door.
 
 The tokenizer is built explicitly: transformers' own converters split off leading spaces, let text such as "<s>" become a control token,
 or (unigram) let the text "<0x0A>" become a byte. What sentencepiece does, and how it is said here:
@@ -16,10 +16,12 @@ Every conversion is checked against sentencepiece on probe texts before it is wr
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.tokenizer_file import SENTENCEPIECE, read_tokenizer
+from poet_megatron.checkpoint.hf_other_tokenizers import convert_other
+from poet_megatron.checkpoint.hf_probes import PROBES, SpecialIds, check_vocabulary
 from poet_megatron.errors import UserError
 from poet_megatron.model.config import ModelConfig
 
@@ -31,52 +33,32 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 """Algorithms (trainer_spec.model_type) that can be converted."""
 
-PROBES = (
-    "Hello world.",
-    " one leading space",
-    "   three, and two trailing  ",
-    "a  b   c",
-    "line\nbreak\n\nparagraph\ttab\r\n",
-    "<s></s><unk><pad> <0x0A>x<0xE2>",
-    "na\u00efve caf\u00e9 \u4e2d\u6587 \u0440\u0443\u0441 \u0639\u0631\u0628\u064a",
-    "\U0001f600\U0001f469\u200d\U0001f4bb \ufe0f \u00a0\u3000\u200b",
-    "the quick (brown) fox; 3.14 * 2,000 = $6,280 -- isn't it?",
-    "aaaaaaa abababab \u2581\u2581",
-)
-"""Texts on which a conversion must agree with sentencepiece."""
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of the special tokens; None where the tokenizer has none."""
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    unk: int | None = None
-
 
 def convert_tokenizer(model: Path, folder: Path, config: ModelConfig | None = None) -> SpecialIds:
-    """Write tokenizer.json, tokenizer_config.json and a copy of `model` as tokenizer.model into `folder`; return the special tokens' ids.
+    """Write tokenizer.json, tokenizer_config.json and, if it is a sentencepiece model, a copy of it; return the special tokens' ids.
 
+    model: sentencepiece .model, tokenizer.json, .tiktoken, or what a folder of prepared data keeps of them as tokenizer.model.
     config: if given, the tokenizer must not have more tokens than `config.vocab_size`.
     """
-    import sentencepiece
-
     model = Path(model)
     if not model.is_file():
-        raise UserError(f"tokenizer model {model} does not exist; give the sentencepiece .model that prepared the data")
+        raise UserError(f"tokenizer model {model} does not exist; give the file that prepared the data")
+    if model.stat().st_size and (file := read_tokenizer(model)).kind != SENTENCEPIECE:
+        return convert_other(model, file, folder, config)
+    return _convert_sentencepiece(model, folder, config)
+
+
+def _convert_sentencepiece(model: Path, folder: Path, config: ModelConfig | None) -> SpecialIds:
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model.read_bytes())
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{model} is not a sentencepiece model ({error}); give the .model file that prepared the data") from None
+        raise UserError(f"{model} is not a sentencepiece model ({error}); give the file that prepared the data") from None
     proto = _read_proto(model)
-    if config is not None and len(proto.pieces) > config.vocab_size:
-        raise UserError(
-            f"tokenizer {model} has {len(proto.pieces)} tokens, more than model.vocab_size = {config.vocab_size}; "
-            "give the one that prepared the data"
-        )
+    if config is not None:
+        check_vocabulary(model, len(proto.pieces), config)
     tokenizer = build_tokenizer(proto)
     _check_same_ids(model, proto, processor, tokenizer)
     ids = SpecialIds(*(i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ ids are in the vocabulary and all documents end where they should; then show the
 something is wrong."""
 
 TRAIN = """Learn a SentencePiece vocabulary with byte fallback: every text has tokens, and spaces, tabs and newlines survive a round trip.
-BPE can be exported to Hugging Face with the model; unigram cannot. The first --max-mb of the inputs are used."""
+Both can be exported to Hugging Face with the model; of two unigram splits with equal scores it may choose the other. The first --max-mb
+of the inputs are used."""
 
 
 TRAIN_EXAMPLE = """example:
@@ -207,8 +209,10 @@ def _train(args: argparse.Namespace) -> int:
     from data_prep.tokenizer import train_tokenizer
     from data_prep.train_texts import texts
 
-    found = texts(find_files(args.input), args.text_key, MAX_DOCUMENT_BYTES)
+    skipped: Counter[str] = Counter()
+    found = texts(find_files(args.input), args.text_key, MAX_DOCUMENT_BYTES, skipped)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(found, args.output, args.vocab_size, args.max_mb * 1024**2, args.model)
+    _print_left_out(skipped, {})
     print(f"{args.output}: {args.model}, {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:12]}")
     return 0

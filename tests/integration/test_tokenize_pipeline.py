@@ -1,7 +1,9 @@
 """From files to training data: tokenize, merge, verify, through the command line and as a library."""
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -154,12 +156,144 @@ def test_merge_finds_a_changed_part(corpus, tokenizer, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"part-00002.train.bin is damaged \(its hash differs"):
         merge([tmp_path / "out"], tmp_path / "merged")
-    assert not list((tmp_path / "merged").iterdir())
+    assert [found.name for found in (tmp_path / "merged").iterdir()] == ["manifest.json"]
+    with pytest.raises(UserError, match=r"is incomplete \(an earlier prepare did not finish\)"):
+        PreparedData.open(tmp_path / "merged", vocab_size=400, seq_length=64)
     path.write_bytes(content[:-2])
     with pytest.raises(UserError, match=r"part-00002.train.bin has \d+ bytes instead of \d+: run poet-megatron prepare tokenize again"):
         merge([tmp_path / "out"], tmp_path / "merged")
     assert run(corpus[0], tmp_path / "out", tokenizer).reused == 4
-    merge([tmp_path / "out"], tmp_path / "merged")
+    index = tmp_path / "out" / "part-00001.train.idx"
+    content = bytearray(index.read_bytes())
+    content[34], content[38] = content[38], content[34]  # two lengths: the sum stays
+    assert index.read_bytes() != content
+    whole = index.read_bytes()
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-00001.train.idx is damaged \(its hash differs"):
+        merge([tmp_path / "out"], tmp_path / "merged")
+    index.write_bytes(whole)
+    merge([tmp_path / "out"], tmp_path / "merged")  # what failed is done again, no --force needed
+    with pytest.raises(UserError, match=r"holds manifest.json: choose another --output, or overwrite it with --force"):
+        merge([tmp_path / "out"], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("published", range(6))
+def test_a_merge_that_is_killed_is_repeated_to_the_same_bytes(parts, tmp_path, monkeypatch, published):
+    """It ends after some of its files, each time without any tidying up."""
+    from data_prep import files
+
+    expected = tmp_path / "expected"
+    merge([parts], expected)
+    original, names = files.publish, []
+
+    class Killed(BaseException):
+        pass
+
+    def publish(stream, temporary, path):
+        if len(names) > published:
+            raise Killed
+        names.append(path.name)
+        original(stream, temporary, path)
+
+    monkeypatch.setattr(files, "publish", publish)
+    with pytest.raises(Killed):
+        merge([parts], tmp_path / "merged")
+    monkeypatch.undo()
+    assert names == ["manifest.json", "train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model", "lengths.svg"][: published + 1]
+    (tmp_path / "merged" / ".train.bin.node.1.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match="is incomplete"):
+        PreparedData.open(tmp_path / "merged", vocab_size=400, seq_length=64)
+    with pytest.raises(UserError, match="is incomplete: run the command that makes it again"):
+        verify(tmp_path / "merged")
+    merge([parts], tmp_path / "merged")
+    assert hashes(tmp_path / "merged", ("",)) == hashes(expected, ("",))
+
+
+def test_a_merge_does_not_go_into_a_folder_of_parts(parts):
+    before = hashes(parts, ("",))
+    with pytest.raises(UserError, match=r"holds parts \(plan.json\): choose another --output"):
+        merge([parts], parts, force=True)
+    assert hashes(parts, ("",)) == before
+
+
+def test_tasks_that_begin_together_agree_on_one_plan(corpus, tokenizer, tmp_path, monkeypatch):
+    """Another task writes its plan between our look and our own writing."""
+    from data_prep import settings
+
+    original = settings.create_atomically
+
+    def late(path, content):
+        path.write_bytes(content.replace(b'"valid_fraction": 0.05', b'"valid_fraction": %s' % share.encode()))
+        return original(path, content)
+
+    monkeypatch.setattr(settings, "create_atomically", late)
+    share = "0.25"
+    with pytest.raises(UserError, match=r"holds parts of another request \(valid_fraction was 0.25, is 0.05\)"):
+        run(corpus[0], tmp_path / "other", tokenizer, valid_fraction=0.05)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["plan.json"]
+    share = "0.05"
+    assert run(corpus[0], tmp_path / "same", tokenizer, shard=Shard(4, 5), valid_fraction=0.05).parts == 1
+
+
+def test_a_file_is_created_once(tmp_path, monkeypatch):
+    from data_prep.files import create_atomically
+
+    assert create_atomically(tmp_path / "a", b"first") and not create_atomically(tmp_path / "a", b"second")
+
+    def no_links(*names):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert create_atomically(tmp_path / "b", b"first") and not create_atomically(tmp_path / "b", b"second")
+    assert hashes(tmp_path, ("",)).keys() == {"a", "b"}
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"first"
+
+
+def test_files_of_one_name_and_size_are_told_apart_by_their_folders(tokenizer, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.jsonl").write_bytes(jsonl([f"text of {name}"]))
+    files = [str(tmp_path / "in" / name / "a.jsonl") for name in ("x", "y")]
+    common = ["prepare", "tokenize", "--tokenizer", str(tokenizer), "--workers", "1", "--output", str(tmp_path / "out"), "--input"]
+    assert main([*common, *files, "--shard", "0/2"]) == 0
+    assert main([*common, *reversed(files), "--shard", "1/2"]) == 2  # it would make a part of x again, and none of y
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert main([*common, *(path.replace("/in/", "/moved/") for path in files), "--shard", "1/2"]) == 0
+    assert [decoded(tmp_path / "out" / f"part-{number:05d}.train", tokenizer) for number in (0, 1)] == [["text of x"], ["text of y"]]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-8])])
+def test_hashes_that_are_lost_make_their_part_anew(tokenizer, tmp_path, damage):
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(make_texts(20 + number)))
+    run(tmp_path / "*.jsonl", tmp_path / "out", tokenizer, dedup=True)
+    before = hashes(tmp_path / "out", ("",))
+    damage(tmp_path / "out" / "part-00000.hashes")
+    (tmp_path / "out" / "part-00001.json").unlink()
+    assert run(tmp_path / "*.jsonl", tmp_path / "out", tokenizer, dedup=True).reused == 1
+    assert hashes(tmp_path / "out", ("",)) == before
+
+
+def test_a_vocabulary_over_65535_through_the_whole_pipeline(tmp_path):
+    """int32 in every file, read by Megatron, merged and verified."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: number for number, name in enumerate([*letters, "</s>", *(f"unused {i}" for i in range(70_000)), "th"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = ["the", "th" * 50, "\u65e5\n"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    run(tmp_path / "a.jsonl", tmp_path / "out", tmp_path / "tokenizer.json")
+    manifest = merge([tmp_path / "out"], tmp_path / "merged")
+    assert manifest.vocab_size == 256 + 1 + 70_000 + 1
+    data = IndexedDataset(str(tmp_path / "merged" / "train"))
+    expected = [[*tokenizer.encode(text, add_special_tokens=False).ids, 256] for text in texts]
+    assert data.index.dtype == np.int32 and [data[i].tolist() for i in range(len(data))] == expected
+    assert expected[1] == [manifest.vocab_size - 1] * 50 + [256]
+    assert verify(tmp_path / "merged").problems == verify(tmp_path / "out").problems == []
 
 
 def test_two_folders_of_parts_and_the_command_line(corpus, tokenizer, tmp_path, capsys):
@@ -207,7 +341,6 @@ def test_nothing_here_imports_torch():
 
 
 def test_a_dataset_through_the_datasets_library(tokenizer, tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     from data_prep.hub import find_shards
     from data_prep.settings import Settings
     from data_prep.tokenizing import tokenize

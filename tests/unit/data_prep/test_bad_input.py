@@ -1,16 +1,23 @@
 """Every kind of bad input: counted with its reason and position, or an error under --strict; nothing is lost without a count."""
 
+import errno
 import gzip
+import io
 import json
 import os
 import re
 import sys
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep.indexed import read_indexed
-from data_prep.sources import find_files
+from data_prep.settings import Settings
+from data_prep.sources import FileSource, find_files
 from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizing import tokenize
 from poet_megatron.errors import UserError
 from tests.unit.data_prep.tokenize_samples import hashes, jsonl, make_texts, make_tokenizer, part, run
 
@@ -85,9 +92,6 @@ def test_a_damaged_gzip_gives_what_comes_before(tmp_path, tokenizer, damage, rea
 
 
 def test_text_and_parquet_files(tmp_path, tokenizer):
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet")
-
     table = pyarrow.table({"body": [GOOD[0], None, "", "a\0b", GOOD[1]], "id": [1, 2, 3, 4, 5]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     run(tmp_path / "a.parquet", tmp_path / "out", tokenizer, text_key="body")
@@ -116,7 +120,6 @@ def test_text_files(tmp_path, tokenizer):
 
 
 def test_zstd(tmp_path, tokenizer):
-    zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(jsonl(GOOD)))
     run(tmp_path / "a.jsonl.zst", tmp_path / "out", tokenizer)
     assert texts_of(tmp_path / "out", tokenizer) == GOOD
@@ -124,8 +127,96 @@ def test_zstd(tmp_path, tokenizer):
 
 def test_a_byte_order_mark_is_no_error(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(GOOD).rstrip(b"\n"))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone")
+    for number, (name, texts) in enumerate({"a.jsonl": GOOD, "b.txt": ["one"]}.items()):
+        run(tmp_path / name, tmp_path / f"out{number}", tokenizer, strict=True)
+        assert texts_of(tmp_path / f"out{number}", tokenizer) == texts
+
+
+def test_windows_line_ends_are_no_error(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(GOOD).replace(b"\n", b"\r\n"))
     run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, strict=True)
     assert texts_of(tmp_path / "out", tokenizer) == GOOD
+
+
+def test_links_are_read_as_their_names_say(tmp_path, tokenizer):
+    """As in Hugging Face's cache, where they lead to files named by a hash."""
+    (tmp_path / "0a1b").write_bytes(gzip.compress(jsonl(GOOD)))
+    (tmp_path / "a.json.gz").symlink_to(tmp_path / "0a1b")
+    run(tmp_path / "a.json.gz", tmp_path / "out", tokenizer, strict=True)
+    assert texts_of(tmp_path / "out", tokenizer) == GOOD
+
+
+class Changing:
+    """A source to which something is done when it has been read to the end, before anybody asks what it was."""
+
+    def __init__(self, source, change):
+        self._source, self._change, self.name, self.bytes = source, change, source.name, source.bytes
+
+    def open(self, key, max_bytes):
+        reader = self._source.open(key, max_bytes)
+        blocks = reader.blocks
+
+        def changed():
+            yield from blocks()
+            self._change(self._source.path)
+
+        reader.blocks = changed
+        return reader
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "now"),
+    [
+        ("a.jsonl", lambda path: path.write_bytes(jsonl(GOOD)), len(jsonl(GOOD))),
+        ("a.jsonl", lambda path: os.utime(path, ns=(1, 1)), len(jsonl(GOOD[:3]))),
+        ("a.parquet", lambda path: path.write_bytes(b"short"), 5),
+    ],
+    ids=["grown", "rewritten", "parquet"],
+)
+def test_a_file_that_changes_while_it_is_read_makes_no_part(tmp_path, tokenizer, name, change, now):
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": GOOD}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(FIRST)
+    size = (tmp_path / name).stat().st_size
+    source = Changing(find_files([str(tmp_path / name)])[0], change)
+    message = (
+        rf"a\.\w+ changed while it was read \({size} bytes, now {now}\): nothing of it is kept; run the same command again when nothing"
+    )
+    with pytest.raises(UserError, match=message):
+        tokenize([source], tmp_path / "out", Settings(tokenizer=str(tokenizer)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_the_system_does_not_give_is_not_taken_for_a_corrupt_one(tmp_path, tokenizer, name):
+    """A name without a file here; the same error is raised for a disk or a server that fails."""
+    source = FileSource(tmp_path / name, 0)
+    with pytest.raises(UserError, match=rf"input .*{name} cannot be read \(No such file or directory\): finished parts are kept; run the"):
+        tokenize([source], tmp_path / "out", Settings(tokenizer=str(tokenizer)))
+    (tmp_path / name).write_bytes(b"x")
+    reader = FileSource(tmp_path / name, 1).open("text", 100)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"input .*{name} cannot be read \(.*No such file or directory.*\): finished parts are kept"):
+        list(reader.blocks())
+
+
+def test_a_read_that_fails_half_way(tmp_path, tokenizer, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, count):
+            if self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(count)
+
+    (tmp_path / "a.jsonl").write_bytes(FIRST)
+    original = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **rest: Broken(FIRST) if path.name == "a.jsonl" else original(path, mode, **rest)
+    )
+    with pytest.raises(UserError, match=r"input .*a.jsonl cannot be read \(Input/output error\): finished parts are kept"):
+        tokenize([FileSource(tmp_path / "a.jsonl", len(FIRST))], tmp_path / "out", Settings(tokenizer=str(tokenizer)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
 
 
 @pytest.fixture
@@ -152,15 +243,31 @@ def test_an_unreadable_source_stops_before_any_work(tmp_path, nobody):
         find_files([str(tmp_path / "a.jsonl")])
 
 
-def test_an_output_that_cannot_be_written(tmp_path, tokenizer, monkeypatch):
+@pytest.fixture
+def locked(tmp_path, tokenizer, nobody):
+    """A folder that this user may enter and read, and not write."""
+    if os.getuid() == 0:
+        os.seteuid(0)
     (tmp_path / "a.jsonl").write_bytes(FIRST)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    for folder in (tmp_path, tokenizer.parent, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    return tmp_path / "locked"
 
-    def deny(*args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "out" / "plan.json"))
 
-    monkeypatch.setattr("data_prep.settings.write_atomically", deny)
-    with pytest.raises(UserError, match=r"plan.json cannot be written \(permission denied\): choose another --output, or change its owner"):
-        run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer)
+def test_an_output_that_cannot_be_written(locked, tokenizer):
+    source = locked.parent / "a.jsonl"
+    message = r"cannot be written \(permission denied\): choose another --output, or change its owner"
+    with pytest.raises(UserError, match=rf"locked/\.plan\.json\..*\.tmp {message}"):
+        run(source, locked, tokenizer)
+    with pytest.raises(UserError, match=rf"locked/out {message}"):
+        run(source, locked / "out", tokenizer)
+    with pytest.raises(UserError, match=r"a.jsonl/out cannot be written \(Not a directory\): choose another --output"):
+        run(source, source / "out", tokenizer)
+    with pytest.raises(UserError, match=r"output .*a.jsonl is a file: name a folder"):
+        run(source, source, tokenizer)
 
 
 def test_another_request_does_not_mix_with_what_is_there(tmp_path, tokenizer):

@@ -109,3 +109,19 @@ def test_skip_reasons():
     assert skip_reason("text") is None
     assert skip_reason(" \n\t") == "blank text"
     assert skip_reason("a\ud800") == "lone surrogate"
+
+
+def test_a_link_is_read_as_its_own_name_says_and_only_once(tmp_path):
+    """Hugging Face's cache: names with endings link to files named by their hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    for name in ("a.json.gz", "b.json.gz"):
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / "0a1b")
+    assert expand([str(tmp_path / "*.json.gz"), str(tmp_path / "b.json.gz")]) == [tmp_path / "a.json.gz"]
+    assert read(tmp_path / "b.json.gz") == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (b'{"text": "one"}\r\n{"text": "two"}\r\n' if name == "a.jsonl" else b"one"))
+    assert read(tmp_path / name) == (["one", "two"] if name == "a.jsonl" else ["one"])

@@ -127,6 +127,32 @@ def test_a_dead_connection_is_an_error_after_some_attempts():
     assert pauses == [1, 2]
 
 
+@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError])
+def test_what_another_attempt_does_not_mend_is_an_error_at_once(kind):
+    def begin(done):
+        raise kind("no such dataset")
+        yield
+
+    with pytest.raises(
+        UserError, match=rf"hf://x cannot be read \({kind.__name__}: no such dataset\): check its name, files and your rights"
+    ):
+        list(hub.Retry(sleep=lambda pause: pytest.fail("it waited")).rows(begin, "hf://x"))
+
+
+def test_no_connection_and_no_copy_here_is_tried_again():
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    calls = []
+
+    def begin(done):
+        calls.append(done)
+        if len(calls) < 3:
+            raise LocalEntryNotFoundError("outgoing traffic is disabled")
+        yield "row"
+
+    assert list(hub.Retry(sleep=lambda pause: None).rows(begin, "hf://x")) == ["row"] and len(calls) == 3
+
+
 def test_datasets_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"--dataset allenai/c4 needs the datasets package: pip install 'poet-megatron\[data\]'"):
