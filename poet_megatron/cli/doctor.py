@@ -1,10 +1,14 @@
-"""`poet-megatron doctor`: what is installed, and which implementation each POET op uses here and why."""
+"""`poet-megatron doctor`: what is installed, and which implementation each POET op uses here and why.
+
+With --distributed it looks at a whole allocation instead (cli/doctor_distributed.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -13,11 +17,33 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from poet_megatron.cli import doctor_distributed
+from poet_megatron.errors import UserError
+
 DESCRIPTION = """\
 Show versions, processor and compilers, and for every POET op whether CPU and CUDA tensors take the compiled implementation
 ("native") or the one written in torch operations ("reference"), with the reason.
 
 Both give the same results up to rounding; the reference is slower. Nothing is changed, downloaded or compiled by this command.
+
+With --distributed it checks an allocation before you train on it. Start it exactly as you will start pretrain, with as many ranks;
+rank 0 prints one report. Every line is ok, warn, FAIL or skipped (with the reason), names the rank and the node that are to blame, and
+says what to do:
+
+  roll call      which ranks did not come, before anything else can hang
+  gpus           each rank has one of its own, all alike
+  versions       packages, code, driver and NCCL_* variables are the same on all ranks
+  cpu cores, host memory
+  clocks, gpu memory
+                 clocks under load, throttling, temperature, uncorrectable memory errors
+  time           clocks of the nodes
+  folder, visibility, file speed, file lock, free space
+                 the file system that runs write to, seen from all nodes
+  connect, sums, all ranks, inside nodes, node pairs
+                 all-reduces give the exact sum, and how fast they are; slow pairs of nodes by name
+
+It exits with 0 if no line is FAIL, with 1 otherwise. A step that hangs is given up after --timeout seconds. docs/health.md explains
+every line.
 """
 
 EXAMPLES = """\
@@ -30,6 +56,13 @@ examples:
       the CPU kernels of a lesser processor: portable, avx2, avx512 or amx
   poet-megatron doctor --json > doctor.json
       for a script, or to attach to a bug report
+  torchrun --nproc-per-node 8 -m poet_megatron doctor --distributed --folder runs
+      this node, with a rank for each of its 8 GPUs; runs is where train.run_dir will be
+  sbatch --nodes=2 --time=0:15:00 launch/slurm/doctor.sbatch --folder /scratch/me/runs
+      two nodes of a Slurm cluster, from the clone; the report is in poet-doctor-JOB.log
+  srun --nodes=2 --ntasks-per-node=8 bash launch/slurm/rank.sh python -m poet_megatron doctor --distributed
+      the same by hand, inside sbatch or salloc: rank.sh makes RANK, WORLD_SIZE and LOCAL_RANK of Slurm's variables; export MASTER_ADDR
+      (the first node) and MASTER_PORT (any free port) before
 
 docs/install.md explains how the compiled parts are built.
 """
@@ -48,10 +81,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--distributed", action="store_true", help="check all ranks and nodes of this launch")
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="with --distributed: where runs are written, the parent of train.run_dir (default: the current folder)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=doctor_distributed.DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help="with --distributed: how long to wait for a rank, a collective or the file system (default: %(default)g)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and return the exit code."""
+    if args.distributed:
+        if not 0 < args.timeout < math.inf:
+            raise UserError(f"--timeout is {args.timeout:g}; it must be a positive number of seconds")
+        return doctor_distributed.run(args)
+    if args.folder is not None:
+        raise UserError("--folder goes with --distributed: the plain report looks at no folder")
     report = examine()
     print(json.dumps(report, indent=2) if args.json else to_text(report))
     return 0
