@@ -10,7 +10,7 @@ THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow dist-check lint format bench clean
+.PHONY: help setup demo test test-slow test-slurm dist-check lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ test: $(NATIVE)  ## run the tests (unmarked ones)
 
 test-slow: $(NATIVE)  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-slurm: $(NATIVE)  ## run the job scripts on a virtual Slurm cluster (as root; installs Debian's Slurm if it is not there)
+	sh tests/slurm/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm --durations=0 --durations-min=1 tests/slurm $(PYTEST_ARGS)
 
 dist-check: $(NATIVE)  ## build sdist and wheel, and use the wheel in a fresh environment
 	$(BIN)/python -m pytest -q -m slow tests/integration/test_distribution.py $(PYTEST_ARGS)

@@ -1,9 +1,12 @@
 """`python -m benchmarks.tokenize`: our encoder, SentencePiece and Hugging Face tokenizers on the same texts with the same model.
 
 All three turn the same batches of documents into ids, alternately in one process, with 1 and with 2 threads; the ids of ours are compared
-with SentencePiece's, all of them. The corpus is the files of --corpus (.jsonl, .txt, gzipped or not; or .deb packages, whose documentation
-is read) and, until there are --megabytes, the documentation in Python sources: the standard library's, then that of installed packages.
-The model is trained on the corpus unless one is given.
+with SentencePiece's, all of them. Then the whole way from files to .bin/.idx, with a BPE and with a unigram model: `prepare tokenize` with
+worker processes and, with --megatron, Megatron-LM's own script, each beside SentencePiece's threads on the same texts.
+
+The corpus is the files of --corpus (.jsonl, .txt, gzipped or not; or .deb packages, whose documentation is read) and, until there are
+--megabytes, the documentation in Python sources: the standard library's, then that of installed packages. The models are trained on the
+corpus unless one is given.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import tokenize_pipeline as pipelines
 from benchmarks.machine import Machine, command_line
 from benchmarks.timing import Progress, Samples, Spread, interleave, stopwatch
 from data_prep.corpus import embedded_documents, expand, read_documents, skip_reason
@@ -184,6 +188,23 @@ def _row(name: str, threads: int, samples: Samples, size: int, tokens: int) -> d
     }
 
 
+def measure_pipelines(models: dict[str, Path], batches: Batches, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of the whole way from files to .bin/.idx, for each kind of model, and the bars."""
+    import sentencepiece
+
+    texts = [text for batch in batches for text in batch]
+    size = sum(len(text.encode()) for text in texts)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        counts = pipelines.write_corpus(texts, args.pipeline_megabytes, Path(folder))
+        for kind, model in models.items():
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+            alone = (partial(count_sentencepiece(processor, args.workers), batches), size)
+            options = {"workers": args.workers, "repeats": args.repeats, "megatron": args.megatron}
+            rows += pipelines.measure(model, kind, Path(folder), counts, alone, **options)
+    return {"pipeline": rows, "bars": pipelines.bars(rows, MEGATRON_MB_PER_S), "same_bytes": pipelines.same_bytes(rows)}
+
+
 def table(found: dict[str, Any]) -> str:
     """For a reader."""
     lines = [f"{found['documents']:,} documents, {found['bytes'] / 1e6:.1f} MB, {found['tokens']:,} tokens"]
@@ -195,11 +216,21 @@ def table(found: dict[str, Any]) -> str:
     lines.append("ids identical to sentencepiece's on every document" if found["identical_to_sentencepiece"] else "IDS DIFFER")
     lines.append("compiled encoder" if found["native"] else f"not the compiled encoder: {found['why_not_native']}")
     lines.append(f"Megatron's preprocess_data.py, quoted, 2 workers, with reading and writing: {MEGATRON_MB_PER_S} MB/s")
+    if "pipeline" in found:
+        lines += pipelines.table(found["pipeline"], found["bars"])
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status: 1 if ids differ."""
+def _trained(batches: Batches, args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """A model of the kind asked for and, for the pipelines, one of the other kind."""
+    other = {"bpe": "unigram", "unigram": "bpe"}[args.model_type]
+    models = {kind: folder / f"{kind}.model" for kind in (args.model_type, *([other] if args.pipeline_megabytes else []))}
+    for kind, path in models.items():
+        train_tokenizer((text for batch in batches for text in batch), path, args.vocab_size, model_type=kind)
+    return models
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,20 +241,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="a SentencePiece model (default: train one)")
     parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe", help="of the model to train (default: bpe)")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="of the model to train (default: 32000)")
-    parser.add_argument("--workers", type=int, default=2, help="threads beside 1 (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="threads beside 1, and worker processes (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (default: 5)")
+    parser.add_argument(
+        "--pipeline-megabytes", type=float, default=100, metavar="MB", help="text from files to .bin/.idx; 0 leaves that out (default: 100)"
+    )
+    parser.add_argument("--megatron", type=Path, metavar="DIR", help="checkout of Megatron-LM, whose tools/preprocess_data.py to time too")
     args = parser.parse_args(arguments)
     if args.workers < 2 or args.repeats < 1:
         parser.error("--workers must be at least 2 and --repeats at least 1")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status: 1 if ids or bytes differ."""
+    args = _parse(arguments)
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))  # of tokenizers; read when its threads start
     machine = Machine.current()
     batches = batches_of(corpus_documents(args.corpus, args.megabytes))
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or Path(folder) / "tokenizer.model"
-        if args.model is None:
-            texts = (text for batch in batches for text in batch)
-            train_tokenizer(texts, model, args.vocab_size, model_type=args.model_type)
-        found = measure(model, batches, args.workers, args.repeats)
+        models = {args.model_type: args.model} if args.model else _trained(batches, args, Path(folder))
+        found = measure(models[args.model_type], batches, args.workers, args.repeats)
+        if args.pipeline_megabytes:
+            found |= measure_pipelines(models, batches, args)
     content = {"command": command_line("benchmarks.tokenize"), "machine": machine.to_dict(), **found}
     text = f"{content['command']}\n{machine.to_text()}\n\n{table(found)}"
     if args.output is not None:
@@ -231,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         args.output.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     print(json.dumps(content, indent=1) if args.json else text)
-    return 0 if found["identical_to_sentencepiece"] else 1
+    return 0 if found["identical_to_sentencepiece"] and found.get("same_bytes", True) else 1
 
 
 if __name__ == "__main__":
