@@ -166,7 +166,8 @@ def measure(
 
 def _row(pipeline: Pipeline, samples: Samples, counts: tuple[int, int], alone: float) -> dict[str, Any]:
     seconds = Spread.of(samples.seconds)
-    rate = counts[1] / (seconds.median - pipeline.start) / 1e6
+    working = seconds.median - pipeline.start
+    rate = counts[1] / (working if working > seconds.median / 2 else seconds.median) / 1e6  # else there is too little text to tell
     return {
         "system": pipeline.system,
         "input": pipeline.source.name.removeprefix("corpus"),

@@ -29,7 +29,7 @@ poet_begin() {
     # shellcheck source=launch/env.sh
     . launch/env.sh
     [ "$(type -t site_setup)" != function ] || site_setup || poet_fail "site_setup of $site failed on $(hostname)"
-    poet_say "$SLURM_JOB_ID${SLURM_ARRAY_TASK_ID+ (task $SLURM_ARRAY_TASK_ID)}, start $((${SLURM_RESTART_COUNT:-0} + 1))," \
+    poet_say "number $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID+ (task $SLURM_ARRAY_TASK_ID)}, start $((${SLURM_RESTART_COUNT:-0} + 1))," \
         "on $SLURM_JOB_NUM_NODES node(s): $SLURM_JOB_NODELIST"
 }
 
@@ -130,7 +130,7 @@ poet_finish_ranks() {
         *) poet_say "status $poet_status: a rank or a node failed" ;;
     esac
     if [ "$state" != RUNNING ]; then
-        poet_say "the job is ${state:-unknown to Slurm}: not requeued; the same command continues from the newest checkpoint"
+        poet_say "Slurm is ending this job (${state:-state unknown}; scancel?): not requeued; the same command continues from the newest checkpoint"
         exit "$poet_status"
     fi
     [ "$poet_status" -eq 75 ] || poet_check_nodes "$needed" "$@"

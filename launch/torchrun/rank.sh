@@ -4,8 +4,6 @@
 #     $POET_RANKS_FOLDER/process-RANK    number of the process, to send signals to
 #     $POET_RANKS_FOLDER/ended           one line "RANK STATUS" per rank that has ended, in that order
 set -u
-# Until Python has its handler, a request to save would kill it; pretrain.sh repeats it.
-trap '' USR1
 # torchrun ends the others when a rank fails, with TERM to this shell and its child: stay to write down the child's status.
 trap : TERM
 

@@ -135,6 +135,10 @@ def check_array(tasks: int, option: str, largest: int) -> str:
 
 def check_data(run: RunConfig) -> str:
     """The data must be there, whole, and fit the model: what pretraining checks first."""
+    if run.data.path and not run.data.blend and not (Path(run.data.path) / MANIFEST_NAME).exists():
+        raise UserError(
+            f"data.path {run.data.path} holds no prepared data: add --input FILES, which makes it first, or name another folder"
+        )
     corpora = open_corpora(run.data, run.model.vocab_size, run.model.seq_length)
     evaluated = PreparedData.open(run.data.path, run.model.vocab_size, run.model.seq_length)
     tokens = sum(corpus.data.train_tokens for corpus in corpora)

@@ -19,6 +19,7 @@ from poet_megatron.checkpoint.store import CheckpointStore
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 240.0
 """For anything to happen: a loaded machine imports torch several times."""
+POLL_SECONDS = 0.25
 CREDENTIAL_SECONDS = 2.0
 """A node refuses a job whose credential was made in the second in which it killed the start before."""
 SETTINGS = {
@@ -93,7 +94,7 @@ class Desk:
         while not happened():
             if time.monotonic() > deadline:
                 pytest.fail(f"{what}: not in {DEADLINE_SECONDS} s\n{self.cluster.run('squeue', '-l', check=False)}\n{log()[-4000:]}")
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
 
     def wait_for_log(self, name: str, job: int, text: str) -> None:
         """Poll until the log of a job has a text, which fails when the job ends without it."""

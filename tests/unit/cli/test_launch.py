@@ -84,9 +84,10 @@ def test_a_dry_run_needs_no_slurm_and_changes_nothing(recipe: Path, no_slurm: Pa
     assert f"ok      data      {tiny_data}: " in said and f"ok      run       {no_slurm}/run: starts from the beginning\n" in said
     assert "sbatch is not here, so the cluster was not asked" in said
     assert f"export POET_SITE={no_slurm}/site.sh && . $POET_SITE && cd {ROOT}\n" in said
+    folder = no_slurm / "run" / "launch" / "1"
     assert said.splitlines()[-1] == (
-        f"pretrain=$(sbatch --parsable --job-name=pretrain-run --chdir={ROOT} "
-        f"--output={no_slurm}/run/launch/1/pretrain-%j.log --time=1:00:00 --nice=5 --partition=big --nodes=2 --gpus-per-node=1 launch/slurm/pretrain.sbatch --config {no_slurm}/run/launch/1/recipe.yaml)"
+        f"pretrain=$(sbatch --parsable --job-name=pretrain-run --chdir={ROOT} --output={folder}/pretrain-%j.log --time=1:00:00 --nice=5 "
+        f"--partition=big --nodes=2 --gpus-per-node=1 launch/slurm/pretrain.sbatch --config {folder}/recipe.yaml)"
     )
     assert sorted(no_slurm.rglob("*")) == before
 

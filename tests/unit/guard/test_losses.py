@@ -57,9 +57,7 @@ def test_a_spike_that_is_skipped_is_not_compared_with():
 
 
 def test_stop_says_why_and_what_to_do():
-    with pytest.raises(
-        LossSpikeError, match=r"is a spike .* Nothing was .* Lower optim\.lr .* guard\.on_spike skip"
-    ) as caught:
+    with pytest.raises(LossSpikeError, match=r"is a spike .* Nothing was .* Lower optim\.lr .* guard\.on_spike skip") as caught:
         fed([2.0] * 8, on_spike="stop").judge(9.0)
     assert caught.value.exit_status == 3
     with pytest.raises(NonFiniteError, match=r"not finite: loss = nan\. Nothing .*orthogonal_map to cayley") as found:

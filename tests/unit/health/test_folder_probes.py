@@ -115,6 +115,11 @@ def test_a_slow_node_is_named(change: dict[str, float], words: str) -> None:
     assert words in found.what and found.nodes == ("b",) and found.ranks == (1, 2)
 
 
+def test_a_file_system_that_is_slow_everywhere_is_said_of_every_node() -> None:
+    found = judge_speed(figures(a={"write": 20 * MB}, b={"write": 20 * MB}, c={"write": 20 * MB}), ROSTER)
+    assert statuses(found) == ["warn"] * 3 and [one.nodes for one in found] == [("a",), ("b",), ("c",)]
+
+
 def test_two_nodes_are_not_compared_with_their_median() -> None:
     two = {node: figure for node, figure in figures(b={"read": 300 * MB}).items() if node != "c"}
     assert statuses(judge_speed(two, ROSTER)) == ["ok"]

@@ -118,17 +118,18 @@ def test_apex_comes_from_git(versions):
     assert not re.search(r"pip install[^\n]*\bapex\b(?!@)", text)
 
 
-def test_a_base_image_with_another_torch_is_refused(tmp_path):
+@pytest.mark.parametrize(("torch_version", "cuda"), [("2.9.0", "13.0"), ("2.13.0", "12.6"), ("2.13.1", "13.0")])
+def test_a_base_image_with_another_torch_is_refused(tmp_path, torch_version, cuda):
     """install.sh with a stand-in for Python, before it changes anything."""
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/bash\ncase $* in *version.cuda*) echo 12.6 ;; *) echo 2.9.0+cu126 ;; esac\n")
+    fake.write_text(f"#!/bin/bash\ncase $* in *version.cuda*) echo {cuda} ;; *) echo {torch_version}+cu1 ;; esac\n")
     fake.chmod(0o755)
     (tmp_path / "apt-get").write_text(f"#!/bin/bash\ntouch {tmp_path}/changed\n")
     (tmp_path / "apt-get").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(FOLDER / "install.sh")], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "has torch 2.9.0+cu126 for CUDA 12.6; versions.env says" in done.stderr
+    assert f"has torch {torch_version}+cu1 for CUDA {cuda}; versions.env says" in done.stderr
     assert not (tmp_path / "changed").exists()
 
 

@@ -93,8 +93,12 @@ def test_data(tiny_run, tiny_data: Path):
     assert check.check_data(tiny_run()).startswith(f"{tiny_data}: ")
     with refused("model.vocab_size is 321, but"):
         check.check_data(tiny_run(changes={"model.vocab_size": "321"}))
-    with refused("manifest.json does not exist"):
+    with refused("data.path /nowhere holds no prepared data: add --input FILES, which makes it first, or name another folder"):
         check.check_data(tiny_run(changes={"data.path": "/nowhere"}))
+    with refused("data.path is empty"):
+        check.check_data(tiny_run(changes={"data.path": ""}))
+    with refused("/nowhere/manifest.json does not exist"):
+        check.check_data(tiny_run(changes={"data.blend": f"1 {tiny_data} 2 /nowhere"}))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ tests/slurm runs the same scripts on a real Slurm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -197,15 +198,19 @@ def test_signals_reach_ranks_again_and_again_and_their_status_survives(name: str
     )
     environment = {**shell.environment, "PROGRAM": program, "SLEEP": "0.05"}
     command = ["bash", "launch/slurm/pretrain.sbatch", "--config", "c.yaml"]
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
-        deadline = time.monotonic() + 60
-        while not ready.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for _ in range(3):
-            job.send_signal(getattr(signal, f"SIG{name}"))
-            time.sleep(0.05)
-        go.touch()
-        _, said = job.communicate(timeout=60)
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        try:
+            deadline = time.monotonic() + 60
+            while not ready.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for _ in range(3):
+                job.send_signal(getattr(signal, f"SIG{name}"))
+                time.sleep(0.05)
+            go.touch()
+            _, said = job.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
     assert said.count(f"SIG{name}: time limit, preemption or scancel") == 1
     assert "status 75: saved" in said and shell.requeued
 

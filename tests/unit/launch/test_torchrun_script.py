@@ -191,6 +191,7 @@ def test_one_rank_per_visible_gpu(world, tmp_path, settings, ranks):
         ([], {"RANKS": "2"}, "usage: launch/torchrun/pretrain.sh CONFIG"),
         (["--config", "x.yaml"], {"RANKS": "2"}, "usage: launch/torchrun/pretrain.sh CONFIG"),
         (["x.yaml"], {}, "no GPU is visible here .*; RANKS=2 before the command trains on the CPU"),
+        (["x.yaml"], {"CUDA_VISIBLE_DEVICES": "-1"}, "no GPU is visible here"),
         (["x.yaml"], {"GPUS": "2"}, "2 ranks need as many GPUs, and 0 are visible here"),
         (["x.yaml"], {"RANKS": "two"}, "the number of ranks is 'two'; GPUS and RANKS are whole numbers"),
         (["x.yaml"], {"RANKS": "2", "RESTARTS": "-1"}, "RESTARTS is '-1'; it is a whole number"),
@@ -219,11 +220,12 @@ def test_environment_has_defaults_and_leaves_what_is_set():
     assert sourced("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", PYTORCH_ALLOC_CONF="x:y") == ["unset", "x:y"]
 
 
-def test_environment_shares_the_processors_among_the_ranks():
-    processors = len(os.sched_getaffinity(0))
-    for ranks in (1, 2, 1000):
-        expected = min(max(processors // ranks, 1), 8)
-        assert sourced("OMP_NUM_THREADS", POET_RANKS_PER_NODE=str(ranks)) == [str(expected)]
+@pytest.mark.parametrize(("ranks", "threads"), [("8", "8"), ("64", "3"), ("1000", "1")])
+def test_environment_shares_the_processors_among_the_ranks(tmp_path, ranks, threads):
+    (tmp_path / "nproc").write_text("#!/bin/bash\necho 192\n")
+    (tmp_path / "nproc").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert sourced("OMP_NUM_THREADS", POET_RANKS_PER_NODE=ranks, PATH=path) == [threads]
 
 
 def test_environment_leaves_layouts_and_sites_alone():
