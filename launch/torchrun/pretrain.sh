@@ -101,8 +101,8 @@ signal_ranks() {
 # Runs all ranks to their end; leaves status.
 launch_ranks() {
     rm -f "$folder"/*
-    # A session of its own, so that Ctrl-C and a closed terminal reach this script alone. Deaf to USR1, and so are the ranks until Python has
-    # its handler: they are asked while they start, and all of a job may be, which torchrun would not survive.
+    # A session of its own, so that Ctrl-C and a closed terminal reach this script alone. Deaf to USR1, and so are the ranks until Python
+    # has its handler: they are asked while they start, and all of a job may be, which torchrun would not survive.
     (trap '' USR1 && exec setsid "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$ranks" --max-restarts=0 --no-python \
         bash "$here/rank.sh" "$PYTHON" -m poet_megatron pretrain --config "$config" "$@") &
     torchrun=$!

@@ -26,7 +26,7 @@ examples:
       for a script to read
 
 columns:
-  steps         last step with a metric, of train.steps
+  done          last step with a metric, of train.steps
   valid         loss and perplexity of the last validation; runs are sorted by it
   best          the lowest validation loss of the run, and its perplexity
   train loss    mean of the last 5 % of the logged steps

@@ -38,7 +38,7 @@ COMMANDS = {
     "compare": "one table and one picture of several runs",
     "doctor": "what is installed and which implementation each op uses; --distributed checks an allocation",
 }
-EXIT_OK, EXIT_INTERRUPTED = 0, 130
+EXIT_OK, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 130, 141
 TRACEBACK_OPTION = "--traceback"
 
 DESCRIPTION = "Pretrain Llama models with POET (W = R W0 P, learned orthogonal R and P) on megatron-core."
@@ -62,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():  # of megatron-core, about its optional parts and its own defaults
             for message in QUIETED:
                 warnings.filterwarnings("ignore", message=message)
-            return _dispatch(words)
+            status = _dispatch(words)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # whoever read the output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return EXIT_BROKEN_PIPE
     except SystemExit as finished:  # argparse: --help, --version and usage errors
         return finished.code if isinstance(finished.code, int) else EXIT_OK if finished.code is None else EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -74,6 +75,7 @@ def nearest(key: str, valid: Iterable[str]) -> str | None:
     return leaves[near[0]] if near else None
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -20,8 +20,8 @@ from poet_megatron.monitor.run_dir import RunDirectory
 
 LAST_PART = 0.05
 """Share of the logged steps, at the end of a run, whose mean is the last training loss."""
-NOT_COMPARED = ("train.run_dir", "train.stop_at_step")
-"""Settings that say nothing about what a run computes: its name, and how far one start of it goes."""
+NOT_COMPARED = ("train.run_dir", "train.stop_at_step", "checkpoint.", "monitor.", "profile.")
+"""Beginnings of settings that say nothing about what a run computes: its name, how far one start of it goes, what it writes."""
 MUST_AGREE = ("data.path", "data.blend", "model.vocab_size", "model.seq_length", "train.eval_tokens")
 """Settings without which validation losses measure different things."""
 
@@ -168,7 +168,7 @@ def best_run(runs: Sequence[Run]) -> Run | None:
 def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Keys whose values are not the same in all runs that have settings, in the order of the configuration."""
     known = [run.settings for run in runs if run.settings]
-    keys = dict.fromkeys(key for settings in known for key in settings if key not in NOT_COMPARED)
+    keys = dict.fromkeys(key for settings in known for key in settings if not key.startswith(NOT_COMPARED))
     return [key for key in keys if len({str(settings[key]) for settings in known if key in settings}) > 1]
 
 

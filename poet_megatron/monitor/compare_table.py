@@ -19,7 +19,7 @@ def to_text(runs: Sequence[Run]) -> str:
     """One line per run, best first: its name, the settings that differ, and what it reached."""
     keys = differing_settings(runs)
     names = short_names(keys)
-    header = ["", "run", *names.values(), "steps", "valid loss", "valid ppl", "best loss", "best ppl", "train loss", "tok/s", "mem GiB"]
+    header = ["", "run", *names.values(), "done", "valid loss", "valid ppl", "best loss", "best ppl", "train loss", "tok/s", "mem GiB"]
     best = best_run(runs)
     rows = [_row(run, keys, run is best) for run in ranked(runs)]
     text = _aligned([[*header, "state"], *rows], left=(0, 1, len(header)))
@@ -46,22 +46,19 @@ def value_text(run: Run, key: str) -> str:
     """A setting of a run as its YAML would have it; `-` where it has no meaning for the run, `?` where it is not known."""
     if not run.settings:
         return "?"
-    value = run.settings.get(key, MISSING)
-    text = (
-        str(value).lower()
-        if isinstance(value, bool)
-        else "null"
-        if value is None
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    text = _plain(run.settings.get(key, MISSING))
     return text if len(text) <= LONGEST_VALUE else f"...{text[3 - LONGEST_VALUE :]}"
 
 
 def loss_text(loss: float) -> str:
     """Four decimals; `nan` if it is not finite."""
     return f"{loss:.4f}" if math.isfinite(loss) else "nan"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
 def _row(run: Run, keys: Sequence[str], is_best: bool) -> list[str]:

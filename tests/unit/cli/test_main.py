@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from poet_megatron.cli import main as cli
 from poet_megatron.config.load import describe_fields, load_config
 from poet_megatron.config.run import RunConfig
 from poet_megatron.errors import UserError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -232,3 +235,10 @@ def test_subcommand_with_overrides_gets_the_rest_in_order(monkeypatch):
     stub(monkeypatch, lambda args: got.append((args.out, args.overrides)) or 0, accepts_overrides=True)
     assert cli.main(["export", "--a.b", "-1e-3", "--out", "o", "--c.d=x y", "--e.f", "z"]) == 0
     assert got == [("o", ["--a.b", "-1e-3", "--c.d=x y", "--e.f", "z"])]
+
+
+def test_output_that_nobody_reads():
+    """As `poet-megatron pretrain --help | head -1` once head has gone: no traceback."""
+    command = f"{sys.executable} -m poet_megatron pretrain --help"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (cli.EXIT_BROKEN_PIPE, "", "")

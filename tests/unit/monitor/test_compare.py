@@ -20,6 +20,7 @@ from poet_megatron.config.dump import to_yaml
 from poet_megatron.config.load import load_config
 from poet_megatron.errors import UserError
 from poet_megatron.monitor.compare import Point, Run, common_folder, differing_settings, find_runs, ranked, read_run, remarks, short_names
+from poet_megatron.monitor.compare_table import value_text
 from poet_megatron.monitor.plot import NAMED, draw, legend_rows, loss_range, make_figure, smoothed
 
 STEPS = 100
@@ -94,7 +95,7 @@ def test_state_of_a_run_that_a_process_holds(write):
 def test_only_what_differs_is_named(write):
     runs = [
         read(write("a", {"poet.block_size": 64, "optim.poet_lr": 2e-3})),
-        read(write("b", {"poet.block_size": 128, "optim.poet_lr": 2e-3, "train.stop_at_step": 7})),
+        read(write("b", {"poet.block_size": 128, "optim.poet_lr": 2e-3, "train.stop_at_step": 7, "profile.steps": "1:2"})),
         read(write("c", {"poet.block_size": 128, "optim.poet_lr": 1e-3})),
     ]
     assert differing_settings(runs) == ["poet.block_size", "optim.poet_lr"]
@@ -190,6 +191,13 @@ def test_validation_losses_of_other_data_are_pointed_out(write):
     runs = [read(write("a", {"data.path": "c4"})), read(write("b", {"data.path": "books"}))]
     assert remarks(runs) == ["data.path differ: validation losses compare only on the same validation text and tokenizer"]
     assert remarks(runs[:1]) == []
+
+
+def test_values_as_a_recipe_would_have_them(write):
+    run = read(write("a", {"data.cache": "", "optim.lr": 1e-3, "data.path": "x" * 50}))
+    assert [value_text(run, key) for key in ("data.cache", "optim.lr", "poet.master_weights")] == ["''", "0.001", "true"]
+    assert value_text(run, "data.path") == "..." + "x" * 29
+    assert value_text(Run(run.path, "b"), "optim.lr") == "?"
 
 
 def test_table(write, capsys):
