@@ -13,19 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from data_prep.ids import Ids, Offsets, flat
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_file import HUGGING_FACE, SENTENCEPIECE, TIKTOKEN, TokenizerFile, read_tokenizer
 from poet_megatron.errors import UserError
 
-Ids = npt.NDArray[np.int32]
-Offsets = npt.NDArray[np.int64]
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>")
 TIKTOKEN_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -74,13 +69,6 @@ def load(path: Path, eos_token: str = "", bos_token: str = "", native: bool = Tr
     if eos_token or bos_token:
         raise UserError(f"--eos-token and --bos-token are for a tokenizer.json; {path} says itself which tokens these are")
     return _from_tiktoken(path, file) if file.kind == TIKTOKEN else _from_sentencepiece(path, file, native)
-
-
-def flat(lists: Sequence[Sequence[int]]) -> tuple[Ids, Offsets]:
-    """Lists of ids end to end, and where each begins."""
-    offsets = np.zeros(len(lists) + 1, np.int64)
-    np.cumsum([len(ids) for ids in lists], out=offsets[1:])
-    return np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1])), offsets
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from poet_megatron.errors import UserError
+from data_prep.ids import Ids, Offsets, flat
+from data_prep.tokenizer import load_processor
+from data_prep.tokenizer_file import read_content
 
 BPE = 2
 """trainer_spec.model_type."""
@@ -45,9 +44,6 @@ PROBES = (
     "a" * 100 + " " * 100 + "ab" * 100,
 )
 """Texts on which the ids of a model must be SentencePiece's before it is used."""
-
-Ids = NDArray[np.int32]
-Offsets = NDArray[np.int64]
 
 
 class NotNativeError(Exception):
@@ -72,13 +68,7 @@ class Encoder:
     """
 
     def __init__(self, model: bytes, origin: str, native: bool = True):
-        import sentencepiece
-
-        self._processor: Any = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, TypeError, OSError) as error:
-            raise UserError(f"{origin} is not a SentencePiece model ({error}): give a tokenizer.model file") from error
+        self._processor = load_processor(model, origin)
         self.vocab_size: int = self._processor.vocab_size()
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.reason = "" if native else "not wanted"
@@ -107,17 +97,9 @@ class Encoder:
         """
         if self._text is not None:
             return Batch(*self._text.encode(texts, threads))
-        if not texts:
-            return Batch(np.zeros(0, np.int32), np.zeros(1, np.int64))
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("texts must be strings")
-        lists = self._processor.encode([text.encode() for text in texts], num_threads=threads)
-        offsets = np.zeros(len(lists) + 1, np.int64)
-        np.cumsum([len(ids) for ids in lists], out=offsets[1:])
-        ids = np.empty(int(offsets[-1]), np.int32)
-        for start, end, row in zip(offsets[:-1].tolist(), offsets[1:].tolist(), lists, strict=True):
-            ids[start:end] = row
-        return Batch(ids, offsets)
+        return Batch(*flat(self._processor.encode([text.encode() for text in texts], num_threads=threads)))
 
     def _probe(self) -> None:
         """Refuse a model whose ids are not SentencePiece's."""
@@ -129,13 +111,7 @@ class Encoder:
 def load_encoder(model_path: Path | str, native: bool = True) -> Encoder:
     """The encoder for a SentencePiece model file; with `native=False` SentencePiece itself."""
     path = Path(model_path)
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check --tokenizer") from error
-    if not model:
-        raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
-    return Encoder(model, str(path), native)
+    return Encoder(read_content(path), str(path), native)
 
 
 def compile_model(model: bytes, split_at_every_space: bool = False) -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
+from data_prep.tokenizer_file import read_content
 from poet_megatron.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, -1
@@ -39,13 +40,7 @@ class Tokenizer:
     """A SentencePiece model: `encode`, `decode` and what the data files need to know of it."""
 
     def __init__(self, model: bytes, origin: str):
-        import sentencepiece
-
-        self._processor: Any = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, TypeError, OSError) as error:
-            raise UserError(f"{origin} is not a SentencePiece model ({error}): give a tokenizer.model file") from error
+        self._processor = load_processor(model, origin)
         self.model = model
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
@@ -67,14 +62,21 @@ class Tokenizer:
         return self._processor.decode([int(token) for token in ids])
 
 
+def load_processor(model: bytes, origin: str) -> Any:
+    """SentencePiece's own object for a serialized model."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except (RuntimeError, TypeError, OSError) as error:
+        raise UserError(f"{origin} is not a SentencePiece model ({error}): give a tokenizer.model file") from error
+    return processor
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The SentencePiece model in a file."""
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check --tokenizer") from error
-    if not model:
-        raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
+    model = read_content(path)
     if model.startswith(b"{"):
         raise UserError(f"tokenizer {path} is no SentencePiece model: use poet-megatron prepare tokenize and merge, which take other kinds")
     return Tokenizer(model, str(path))

@@ -66,9 +66,7 @@ class TokenizerFile:
 
 def read_tokenizer(path: Path) -> TokenizerFile:
     """Read a tokenizer of any kind: by the ending, or by the content if it is a packed one."""
-    content = _read(path, "tokenizer", "check --tokenizer")
-    if not content:
-        raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
+    content = read_content(path)
     if content.startswith(b"{") and f'"{PACKED}"'.encode() in content[:100]:
         return _unpack(path, content)
     if path.suffix == ".json":
@@ -76,11 +74,15 @@ def read_tokenizer(path: Path) -> TokenizerFile:
     return TokenizerFile(kind=TIKTOKEN if path.suffix == ".tiktoken" else SENTENCEPIECE, content=content)
 
 
-def _read(path: Path, what: str, fix: str) -> bytes:
+def read_content(path: Path) -> bytes:
+    """Content of a tokenizer's file, which must be there and not empty."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}): {fix}") from error
+        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check --tokenizer") from error
+    if not content:
+        raise UserError(f"tokenizer {path} is empty (0 bytes): copy it again")
+    return content
 
 
 def _unpack(path: Path, content: bytes) -> TokenizerFile:
@@ -105,7 +107,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     if not beside.exists():
         return {}
     try:
-        config = json.loads(_read(beside, "the tokenizer's", "check its permissions"))
+        config = json.loads(read_content(beside))
     except ValueError as error:
         if isinstance(error, UserError):
             raise

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from data_prep import encoders, filters
 from data_prep.blocks import Block
-from data_prep.encoders import Encoder, Ids, Offsets
+from data_prep.encoders import Encoder
+from data_prep.ids import Ids, Offsets
 from data_prep.indexed import token_dtype
 from data_prep.records import Texts, parse
 from data_prep.settings import Settings

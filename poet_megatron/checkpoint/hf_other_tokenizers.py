@@ -29,7 +29,7 @@ from poet_megatron.model.config import ModelConfig
 
 KEPT_SETTINGS = ("chat_template", "clean_up_tokenization_spaces", "padding_side", "model_input_names")
 TIKTOKEN_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++\z|\s*[\r\n]|\s+(?!\S)|\s"
-"""`data_prep.encoders.TIKTOKEN_PATTERN` for Oniguruma: `$` would also match before a newline, and `{1,3}+` would repeat."""
+"""`data_prep.encoders.TIKTOKEN_PATTERN` for Oniguruma, where `$` ends a line and `{1,3}+` repeats."""
 
 
 def convert_other(path: Path, file: TokenizerFile, folder: Path, config: ModelConfig | None) -> SpecialIds:

@@ -36,7 +36,6 @@ def make_request(args: argparse.Namespace, run: RunConfig, root: Path, environme
         raise UserError(f"--gpus-per-node is {args.gpus_per_node}; it must be at least 1")
     if args.export and args.sweep:
         raise UserError("--export with --sweep: export the best run afterwards, with sbatch launch/slurm/export.sbatch DIR")
-    cpu_partition = args.cpu_partition or environment.get("POET_CPU_PARTITION") or args.partition
     run_dir = Path(run.train.run_dir)
     return Request(
         root=root,
@@ -48,7 +47,7 @@ def make_request(args: argparse.Namespace, run: RunConfig, root: Path, environme
         data_time=args.data_time or args.time,
         options=(*_named(args, "account", "qos", "reservation"), *args.sbatch_option),
         gpu_options=_named(args, "partition", "constraint"),
-        cpu_options=(f"--partition={cpu_partition}",) if cpu_partition else (),
+        cpu_options=_cpu_options(args, environment),
         text=_text(args, run),
         points=tuple(parse_sweep(args.sweep)),
         export=args.export,
@@ -70,6 +69,12 @@ def variants(args: argparse.Namespace, run: RunConfig, request: Request) -> dict
 
 def _named(args: argparse.Namespace, *names: str) -> tuple[str, ...]:
     return tuple(f"--{name}={getattr(args, name)}" for name in names if getattr(args, name))
+
+
+def _cpu_options(args: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+    partition = args.cpu_partition or environment.get("POET_CPU_PARTITION") or args.partition
+    gpu_alone = ("--constraint=",) if environment.get("SBATCH_CONSTRAINT") else ()  # such as a kind of GPU: not for these jobs
+    return (*((f"--partition={partition}",) if partition else ()), *gpu_alone)
 
 
 def _text(args: argparse.Namespace, run: RunConfig) -> Text | None:

@@ -38,6 +38,14 @@ def parts(corpus, tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_parts(tokenizer, tmp_path_factory):
+    """Of 60 documents, a third of them for validation."""
+    folder = tmp_path_factory.mktemp("few")
+    run(write_corpus(folder, files=2, documents=30)[0], folder / "out", tokenizer, valid_fraction=0.33)
+    return folder / "out"
+
+
 def decoded(prefix, tokenizer):
     model, data = load_tokenizer(tokenizer), read_indexed(prefix)
     return [model.decode(data.document(i)[:-1]) for i in range(len(data))]
@@ -178,12 +186,12 @@ def test_merge_finds_a_changed_part(corpus, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("published", range(6))
-def test_a_merge_that_is_killed_is_repeated_to_the_same_bytes(parts, tmp_path, monkeypatch, published):
+def test_a_merge_that_is_killed_is_repeated_to_the_same_bytes(few_parts, tmp_path, monkeypatch, published):
     """It ends after some of its files, each time without any tidying up."""
     from data_prep import files
 
     expected = tmp_path / "expected"
-    merge([parts], expected)
+    merge([few_parts], expected)
     original, names = files.publish, []
 
     class Killed(BaseException):
@@ -197,7 +205,7 @@ def test_a_merge_that_is_killed_is_repeated_to_the_same_bytes(parts, tmp_path, m
 
     monkeypatch.setattr(files, "publish", publish)
     with pytest.raises(Killed):
-        merge([parts], tmp_path / "merged")
+        merge([few_parts], tmp_path / "merged")
     monkeypatch.undo()
     assert names == ["manifest.json", "train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model", "lengths.svg"][: published + 1]
     (tmp_path / "merged" / ".train.bin.node.1.tmp").write_bytes(b"half")
@@ -205,7 +213,7 @@ def test_a_merge_that_is_killed_is_repeated_to_the_same_bytes(parts, tmp_path, m
         PreparedData.open(tmp_path / "merged", vocab_size=400, seq_length=64)
     with pytest.raises(UserError, match="is incomplete: run the command that makes it again"):
         verify(tmp_path / "merged")
-    merge([parts], tmp_path / "merged")
+    merge([few_parts], tmp_path / "merged")
     assert hashes(tmp_path / "merged", ("",)) == hashes(expected, ("",))
 
 
@@ -360,15 +368,48 @@ def test_a_dataset_through_the_datasets_library(tokenizer, tmp_path, monkeypatch
     assert json.dumps([row["text"] for row in rows]) == json.dumps([*texts[0], ""])
 
 
-@pytest.mark.parametrize(("field", "problem"), [(0, "index says|differ"), (1, "byte pointers do not follow from the lengths")])
-def test_verify_reads_every_field_of_the_index(parts, tmp_path, field, problem):
-    manifest = merge([parts], tmp_path / "merged")
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("scan", [1 << 22, 7])
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [(0, "index says"), (1, "byte pointers do not follow from the lengths"), (2, "boundaries are not one per sequence")],
+)
+def test_verify_reads_every_field_of_the_index(few_parts, tmp_path, monkeypatch, field, problem, scan, place):
+    from data_prep import verify as module
+
+    monkeypatch.setattr(module, "SCAN", scan)
+    manifest = merge([few_parts], tmp_path / "merged")
+    assert verify(tmp_path / "merged").problems == []
     path, count = tmp_path / "merged" / "valid.idx", manifest.splits["valid"].documents
     content = bytearray(path.read_bytes())
-    content[34 + 4 * count * field + 8] ^= 1  # after the header: lengths, then pointers
+    begin, size, entries = [(34, 4, count), (34 + 4 * count, 8, count), (34 + 12 * count, 8, count + 1)][field]  # after the header
+    content[begin + size * (0 if place == "first" else entries - 1)] ^= 1
     path.write_bytes(content)
     problems = "\n".join(verify(tmp_path / "merged").problems)
-    assert any(word in problems for word in problem.split("|")), problems
+    assert problem in problems and (field == 0 or "valid: idx_sha256 is" in problems), problems
+
+
+@pytest.mark.parametrize("scan", [1 << 22, 3])
+def test_verify_looks_at_every_document(tokenizer, tmp_path, monkeypatch, scan):
+    """Files that agree with their manifest and are wrong all the same, as another program could have made them."""
+    from data_prep import verify as module
+    from data_prep.indexed import IndexedWriter
+
+    monkeypatch.setattr(module, "SCAN", scan)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["the matrix", "of", "the"]))
+    run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer)
+    manifest_path = tmp_path / "out" / "part-00000.json"
+    manifest = json.loads(manifest_path.read_text())
+    for last, problem in (([9, 9], "a document does not end in the end-of-sequence token 2"), ([400, 2], "outside the vocabulary of 400")):
+        with IndexedWriter(tmp_path / "out" / "part-00000.train", np.uint16) as writer:
+            for ids in [[5, 2], [7, 7, 7, 2], last]:
+                writer.add(ids)
+        counts = {"documents": 3, "tokens": 8, "bin_sha256": writer.sha256, "idx_sha256": writer.index_sha256}
+        counts |= {f"{kind}_bytes": (tmp_path / "out" / f"part-00000.train.{kind}").stat().st_size for kind in ("bin", "idx")}
+        manifest["splits"]["train"] |= counts
+        manifest_path.write_text(json.dumps(manifest))
+        (found,) = verify(tmp_path / "out").problems
+        assert problem in found
 
 
 def test_a_long_document_among_short_ones(tokenizer, tmp_path):

@@ -83,7 +83,7 @@ def test_the_whole_pipeline_is_reported_for_both_kinds_of_model(corpus: Path, tm
     content = json.loads(capsys.readouterr().out)
     rows = {(row["model_type"], row["system"], row["input"]): row for row in content["pipeline"]}
     systems = [("prepare tokenize", ".jsonl"), ("prepare tokenize", ".json.gz"), ("preprocess_data.py", ".jsonl")]
-    assert set(rows) == {(kind, *system) for kind in ("bpe", "unigram") for system in systems}
+    assert set(rows) == {("bpe", *system) for system in systems} | {("unigram", *system) for system in systems[:2]}
     for row in rows.values():
         assert row["documents"] > len(TEXTS) and 1.5 * size <= row["bytes"] < 1.6 * size and row["workers"] == 2
         assert row["mb_per_s"] >= row["mb_per_s_with_start"] > 0 and row["sentencepiece_mb_per_s"] > 0
@@ -93,7 +93,6 @@ def test_the_whole_pipeline_is_reported_for_both_kinds_of_model(corpus: Path, tm
         "bpe over sentencepiece, 2 threads",
         "bpe over Megatron's preprocess_data.py, measured",
         "unigram over sentencepiece, 2 threads",
-        "unigram over Megatron's preprocess_data.py, measured",
     }
     assert content["bars"]["unigram over sentencepiece, 2 threads"]["bar"] == round(1 - ours["writer_share"], 2)
 

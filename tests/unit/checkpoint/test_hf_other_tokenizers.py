@@ -132,6 +132,8 @@ def exported(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         folder = tmp_path_factory.mktemp("exported")
         convert_tokenizer(path, folder)
         assert sorted(file.name for file in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+        alone = Tokenizer.from_file(str(folder / "tokenizer.json"))  # without transformers, which overrules some of it
+        assert alone.encode(corpus()[0]).ids == oracle(kind)(corpus()[0])
         found[kind] = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return found
 

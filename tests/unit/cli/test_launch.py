@@ -124,6 +124,14 @@ def test_a_chain_is_submitted_job_by_job(recipe: Path, slurm: Path, corpus: Path
     assert "--array=0-0" in submissions(slurm)[1]  # one task per file
 
 
+def test_jobs_without_gpus_go_where_the_site_says(recipe: Path, slurm: Path, corpus: Path):
+    (slurm / "site.sh").write_text("export SBATCH_CONSTRAINT=h100 POET_CPU_PARTITION=small\n")
+    assert launch(recipe, "--input", str(corpus), "--vocab-size=320", "--data.path", str(slurm / "data"), "--partition=batch", "--qos=q") == 0
+    tokenizer, *_, pretrain = submissions(slurm)
+    assert "--qos=q --partition=small --constraint= " in tokenizer
+    assert "--qos=q --partition=batch --nodes=2" in pretrain and "--constraint" not in pretrain
+
+
 def test_all_jobs_are_submitted_or_none(recipe: Path, slurm: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("REFUSE", "pretrain.sbatch")
     words = ("--input", str(corpus), "--vocab-size=320", "--data.path", str(slurm / "data"))
@@ -233,3 +241,14 @@ def test_help_shows_a_chain_and_a_sweep(capsys):
     assert main(["launch", "--help"]) == 0
     said = capsys.readouterr().out
     assert "--sweep optim.poet_lr=1e-3,2e-3" in said and "--valid-input" in said
+
+
+def test_the_guide_names_files_and_options_that_exist(capsys):
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    paths = set(re.findall(r"(?:launch/slurm|configs|tests)/[\w/]+\.\w+|launch/env\.sh", guide))
+    assert len(paths) > 10 and [path for path in paths if not (ROOT / path).exists()] == []
+    main(["launch", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    commands = re.findall(r"poet-megatron launch (.*?[^\\])\n", guide, re.DOTALL)
+    used = {option for command in commands for option in re.findall(r"(?<!\S)--[a-z-]+(?=[= \n]|$)", command)}
+    assert len(used) > 9 and used <= known
