@@ -23,4 +23,4 @@ class UserError(ValueError):
 class FaultError(RuntimeError):
     """Something outside this program went wrong, and the message says what: no traceback is needed to mend it."""
 
-    exit_status = EXIT_DIVERGED
+    exit_status = 1

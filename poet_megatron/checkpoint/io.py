@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from poet_megatron.checkpoint.rng import rng_state, set_rng_state
-from poet_megatron.checkpoint.room import CheckpointError, agree, bytes_to_write, prepare_room
+from poet_megatron.checkpoint.room import CheckpointError, agree, bytes_to_write, check_room
 from poet_megatron.checkpoint.safety import check_metadata
 from poet_megatron.checkpoint.sharded import adam_steps, load_tensors, set_adam_steps, sharded_state
 from poet_megatron.checkpoint.store import CheckpointStore, Checksums
-from poet_megatron.checkpoint.writer import save_strategy
+from poet_megatron.checkpoint.writer import split, write_common, write_tensors
 from poet_megatron.config.dump import to_yaml
 from poet_megatron.engine.base import Engine
 from poet_megatron.engine.state import TrainState
@@ -46,35 +47,38 @@ def save_checkpoint(store: CheckpointStore, engine: Engine, state: TrainState, p
     try:
         return _save(store, engine, state, parts)
     except CheckpointError as error:
+        last = [""]
         if engine.context.is_main:
-            store.abandon()
-        last = f"the last one is of step {max(steps)}" if (steps := store.steps()) else "there is none yet"
-        raise CheckpointError(f"the checkpoint of step {state.step} could not be written ({error}); {last}") from error
+            with suppress(OSError):  # the disk that failed; the next save clears up
+                store.abandon()
+            with suppress(OSError):
+                last[0] = f"; the last one is of step {max(steps)}" if (steps := store.steps()) else "; there is none yet"
+        dist.broadcast_object_list(last, src=0)
+        raise CheckpointError(f"the checkpoint of step {state.step} could not be written ({error}){last[0]}") from error
 
 
 def _save(store: CheckpointStore, engine: Engine, state: TrainState, parts: Mapping[str, Any]) -> Path:
-    context = engine.context
-    common, tensors = {**_common(engine, state), **parts}, sharded_state(engine)
-    needed = bytes_to_write(tensors, context.device)
-    staging = store.staging(state.step)
+    """Write a checkpoint in steps; after each, ranks learn of any that failed, so that none waits for another one."""
+    context, staging = engine.context, store.staging(state.step)
+    whole = sharded_state(engine)
+    needed = bytes_to_write(whole, context.device)
+    tensors, common = split({**whole, "common": {**_common(engine, state), **parts}})
+    checksums: Checksums = {}
 
     def begin() -> None:
         if context.is_main:
-            store.begin(state.step)
-            prepare_room(store.reserve, needed)
+            check_room(store.begin(state.step), needed)
+            write_common(common, staging)
+            (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
+
+    def finish_files() -> None:
+        torch.save(rng_state(), staging / f"rng-{context.rank}.pt")
+        checksums.update(store.checksums(state.step, context.rank))
 
     agree(context, begin)
-    agree(context, lambda: dist_checkpointing.save({**tensors, "common": common}, str(staging), save_strategy(store.reserve)))
-    checksums: list[Checksums] = []
-
-    def write_rest() -> None:
-        torch.save(rng_state(), staging / f"rng-{context.rank}.pt")
-        if context.is_main:
-            (staging / CONFIG_NAME).write_text(to_yaml(engine.run), encoding="utf-8")
-        checksums.append(store.checksums(state.step, context.rank))
-
-    agree(context, write_rest)
-    gathered = _gather(checksums[0])
+    agree(context, lambda: write_tensors(tensors, staging))
+    agree(context, finish_files)
+    gathered = _gather(checksums)
     agree(context, lambda: store.commit(state.step, gathered) if context.is_main else None)
     return store.path(state.step)
 

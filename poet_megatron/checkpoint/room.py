@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -18,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from poet_megatron.errors import UserError
 from poet_megatron.parallel.context import ParallelContext
 
-RESERVE_BYTES = 4 << 20
-"""Held while tensors are written, so that the small files after them, which a single rank writes, find room."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NAMED = 3  # failures in a message
+SMALL_FILES = 1 << 20
+"""Room for everything in a checkpoint that is no tensor."""
 
 
 class CheckpointError(UserError):
@@ -33,23 +32,25 @@ def agree(context: ParallelContext, action: Callable[[], object]) -> None:
     try:
         action()
     except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must not wait for this one
-        problem = f"rank {context.name(context.rank)}: {describe(error)}"
+        problem = describe(error, context)
     found: list[str] = [""] * context.world_size
     dist.all_gather_object(found, problem)
     if problems := list(dict.fromkeys(text for text in found if text)):
-        raise CheckpointError("; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if len(problems) > 3 else ""))
+        raise CheckpointError("; ".join(problems[:NAMED]) + (f"; {len(problems) - NAMED} more" if len(problems) > NAMED else ""))
 
 
-def describe(error: BaseException) -> str:
-    """What went wrong, in short; of errors that torch gathered from several ranks, the first."""
-    failures = getattr(error, "failures", None)
+def describe(error: BaseException, context: ParallelContext) -> str:
+    """What went wrong and on which rank, in short: on this one, or on the first of those whose errors torch has gathered."""
+    rank, failures = context.rank, getattr(error, "failures", None)
     if isinstance(failures, dict) and failures:
-        error = next(iter(failures.values()))[0]
+        rank, (error, _) = min(failures.items())
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        text = f"{os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
+    elif isinstance(error, UserError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"rank {context.name(rank)}: {text}"
 
 
 def bytes_to_write(state: dict[str, Any], device: torch.device) -> int:
@@ -64,18 +65,14 @@ def bytes_to_write(state: dict[str, Any], device: torch.device) -> int:
     return int(total.item())
 
 
-def prepare_room(reserve: Path, needed: int) -> None:
-    """Refuse a disk that is too small for `needed` bytes beside the reserve; write the file `reserve`."""
-    free = shutil.disk_usage(reserve.parent).free
-    if free < needed + RESERVE_BYTES:
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a disk that is too small for `needed` bytes of tensors and what goes with them."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SMALL_FILES:
         raise CheckpointError(
-            f"no room for a checkpoint of {megabytes(needed)} in {reserve.parent}: {megabytes(free)} are free, "
-            f"{megabytes(needed + RESERVE_BYTES - free)} are missing"
+            f"no room for a checkpoint of {megabytes(needed)} in {folder.parent}: {megabytes(free)} are free, "
+            f"{megabytes(needed + SMALL_FILES - free)} are missing"
         )
-    with reserve.open("wb") as file:
-        file.write(bytes(RESERVE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def megabytes(count: int) -> str:

@@ -33,11 +33,6 @@ class CheckpointStore:
         """Directory that the checkpoint of `step` is written to before it is complete."""
         return self.root / f"step-{step:08d}.partial"
 
-    @property
-    def reserve(self) -> Path:
-        """A file that holds room on the disk while a checkpoint is written."""
-        return self.root / "reserve"
-
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         if not self.root.is_dir():
@@ -48,7 +43,6 @@ class CheckpointStore:
         """Delete what an interrupted save left behind."""
         for leftover in self.root.glob("step-*.partial"):
             shutil.rmtree(leftover)
-        self.reserve.unlink(missing_ok=True)
 
     def begin(self, step: int) -> Path:
         """Make an empty staging directory for `step`, clearing what an interrupted save left behind."""
@@ -91,8 +85,15 @@ class CheckpointStore:
         staging.rename(final)
         _fsync(self.root)
         for old in self._superseded(step):
-            shutil.rmtree(self.path(old))
+            self._delete(old)
         return final
+
+    def _delete(self, step: int) -> None:
+        """Delete a checkpoint that is no longer needed; one that cannot be deleted (somebody reads it) is no reason to fail."""
+        try:
+            shutil.rmtree(self.path(step))
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be deleted: %s", self.path(step), error)
 
     def _superseded(self, step: int) -> list[int]:
         """Checkpoints to delete once that of `step` is there: all but the last k, and later ones that the run fell back from."""
@@ -119,8 +120,11 @@ class CheckpointStore:
             path = root / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-                return f"{name} does not match its checksum"
+            try:
+                if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                    return f"{name} does not match its checksum"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
         return None
 
 

@@ -9,13 +9,15 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
-WAITING = re.compile(r"\bwait\(|\bsynchronize\(|\.item\(|\.tolist\(|\.cpu\(|\bbarrier\(")
+WAITING = re.compile(r"\bwait\(|synchronize\(|\.item\(|\.tolist\(|\.cpu\(|\bbarrier\(")
 """Source lines in which a rank waits for others, or for its GPU, which may wait for others."""
+PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class RankReport:
         phase: part of the step that it is in.
         seconds: how long already.
         waiting: whether its main thread waits for other ranks.
-        place: innermost line of its main thread, `file:line in function`.
+        place: innermost line of its main thread, `file:line in function`, and from which line of ours it was called.
         collectives: {ranks of a group, as "0,1": number of collectives that this rank has issued in it}.
     """
 
@@ -59,14 +61,14 @@ def blame(reports: Sequence[RankReport], world_size: int) -> str:
         return f"{_ranks(missing)} did not answer: gone, or stuck outside of Python"
     behind, ahead = _positions(reports)
     late = [report for report in reports if report.rank in behind - ahead]
-    if late:
+    if late := [report for report in late if not report.waiting] or late:  # a pipeline stage may wait for a message from another
         return "; ".join(f"{report.name} {_where(report)}, and others wait for it in a collective" for report in late)
     busy = [report for report in reports if not report.waiting]
     if busy and len(busy) < len(reports):
         return "; ".join(f"{report.name} {_where(report)} while the others wait" for report in busy)
     if len(reports) == 1:
         return f"{reports[0].name} {_where(reports[0])}"
-    return "all ranks have issued the same collectives and none stands out: see their stacks, and the flight recorder for a GPU's queue"
+    return "no rank is behind the others or does something else than wait: see their stacks, and the flight recorder for a GPU's queue"
 
 
 def _positions(reports: Sequence[RankReport]) -> tuple[set[int], set[int]]:
@@ -100,7 +102,15 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
         return "unknown", False
     file, line = frame.f_code.co_filename, frame.f_lineno
     waits = "torch/distributed/" in file or bool(WAITING.search(linecache.getline(file, line)))
-    return f"{file}:{line} in {frame.f_code.co_name}", waits
+    ours: FrameType | None = frame
+    while ours is not None and not ours.f_code.co_filename.startswith(PACKAGE):
+        ours = ours.f_back
+    caller = f", called by {_line(ours)}" if ours is not None and ours is not frame else ""
+    return _line(frame) + caller, waits
+
+
+def _line(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def all_stacks() -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from poet_megatron.engine.base import Engine
 from poet_megatron.guard.config import GuardConfig
@@ -21,30 +22,40 @@ PARTS = ("loading data", "forward and backward")
 
 @dataclass(frozen=True)
 class OwnTimes:
-    """A measured step: own seconds of every rank by part, [loading data, forward and backward]; the same on every rank."""
+    """A measured step; the same on every rank.
+
+    Attributes:
+        step: its number.
+        by_rank: own seconds of every rank by part, (loading data, forward and backward).
+        stages: pipeline stage of every rank. Stages have different work, so ranks are compared within one, where it has several.
+    """
 
     step: int
     by_rank: tuple[tuple[float, float], ...]
+    stages: tuple[int, ...]
 
     @property
     def totals(self) -> list[float]:
         """Seconds of every rank."""
         return [sum(parts) for parts in self.by_rank]
 
+    def peers(self, rank: int) -> list[int]:
+        """The ranks that a rank is compared with."""
+        others = [number for number in range(len(self.stages)) if number != rank]
+        return [number for number in others if self.stages[number] == self.stages[rank]] or others
+
+    def peers_median(self, rank: int) -> float:
+        """Median of their seconds."""
+        return median(self.totals[number] for number in self.peers(rank))
+
+    def ratio(self, rank: int) -> float:
+        """A rank's seconds over that median."""
+        return self.totals[rank] / max(self.peers_median(rank), 1e-9)
+
     @property
     def slowest(self) -> int:
-        """The rank that took longest."""
-        return self.totals.index(max(self.totals))
-
-    @property
-    def peers_median(self) -> float:
-        """Median over the other ranks."""
-        return median(self.totals[: self.slowest] + self.totals[self.slowest + 1 :] or [self.totals[self.slowest]])
-
-    @property
-    def ratio(self) -> float:
-        """The slowest rank's time over the median of the others."""
-        return self.totals[self.slowest] / max(self.peers_median, 1e-9)
+        """The rank that takes longest beside its peers."""
+        return max(range(len(self.totals)), key=self.ratio)
 
 
 class StragglerMeter:
@@ -86,28 +97,30 @@ class StragglerMeter:
     def report(self) -> str:
         """A line on the straggler of the last measurement, or nothing."""
         found = self.last
-        if found is None or found.ratio < self.config.straggler_ratio:
+        if found is None or found.ratio(found.slowest) < self.config.straggler_ratio:
             self._suspect = None
             return ""
         again, self._suspect = self._suspect == found.slowest, found.slowest
         return describe(found, self.engine.context.nodes) if again else ""
 
-    def _gathered(self, step: int, *parts: float) -> OwnTimes:
+    def _gathered(self, step: int, loading: float, seconds: float) -> OwnTimes:
         context = self.engine.context
-        mine = torch.tensor(parts, dtype=torch.float64, device=context.device)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        mine = torch.tensor([loading, seconds, stage], dtype=torch.float64, device=context.device)
         gathered = [torch.empty_like(mine) for _ in range(context.world_size)]
         dist.all_gather(gathered, mine)
-        return OwnTimes(step, tuple((row[0], row[1]) for row in torch.stack(gathered).tolist()))
+        rows = torch.stack(gathered).tolist()
+        return OwnTimes(step, tuple((row[0], row[1]) for row in rows), tuple(int(row[2]) for row in rows))
 
 
 def describe(found: OwnTimes, nodes: Sequence[str]) -> str:
     """The line that names the slowest rank, its machine, and in which part of the step it loses time."""
     rank = found.slowest
-    others = [parts for number, parts in enumerate(found.by_rank) if number != rank]
-    excess = [mine - median(parts[i] for parts in others) for i, mine in enumerate(found.by_rank[rank])]
+    peers = [found.by_rank[number] for number in found.peers(rank)]
+    excess = [mine - median(parts[i] for parts in peers) for i, mine in enumerate(found.by_rank[rank])]
     part = PARTS[excess.index(max(excess))]
     node = f" ({nodes[rank]})" if nodes else ""
     return (
-        f"straggler: rank {rank}{node} took {found.totals[rank]:.3f} s of its own in step {found.step}, {found.ratio:.2f} times the median "
-        f"of the others ({found.peers_median:.3f} s), mostly in {part}; every step waits for it"
+        f"straggler: rank {rank}{node} took {found.totals[rank]:.3f} s of its own in step {found.step}, {found.ratio(rank):.2f} times the "
+        f"median of its peers ({found.peers_median(rank):.3f} s), mostly in {part}; every step waits for it"
     )

@@ -9,7 +9,9 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +22,10 @@ import torch
 from poet_megatron.errors import EXIT_HANG
 from poet_megatron.guard.hang import RankReport, all_stacks, blame, collectives_issued, main_frame, place_of
 
-GRACE_SECONDS = 15.0
-"""How long ranks wait for each other's reports."""
+GRACE_SECONDS = 60.0
+"""How long ranks wait for each other's reports; directories of network file systems are cached for some seconds."""
+LOOK_SECONDS = 5.0
+"""Between looks for a report of another rank."""
 POLL_SECONDS = 0.1
 VERDICT = "verdict.txt"
 STDERR = 2
@@ -33,12 +37,14 @@ class Watchdog:
     First every rank writes `rank-N.json` (where it stands) and `rank-N.stacks.txt` into `folder`, which is on a file system that all ranks
     share, and torch's flight recorder as `nccl_trace_rank_N`; then the lowest rank that is able to says in `verdict.txt`, and on stderr,
     which rank is to blame. A rank that is stuck without giving up Python's lock cannot do that; it
-    is ended by a timer in C that needs no lock, with its stacks on stderr.
+    is ended by a timer in C that needs no lock, with its stacks on stderr. A rank that sees a report of another one reports too: it may
+    have made progress for a while longer, as evaluations on different data do.
     """
 
     def __init__(self, seconds: float, folder: Path, rank: int = 0, world_size: int = 1, node: str = "") -> None:
         self.seconds, self.folder, self.rank, self.world_size, self.node = seconds, folder, rank, world_size, node
-        self._phase, self._since = "start", time.monotonic()
+        self._phase = "start"
+        self._since = time.monotonic()
         self._stopped = threading.Event()
         self._fired = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -56,7 +62,9 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop watching. While a hang is being reported (others may have ended, and cut this rank's connections) wait for its end."""
-        if self._fired.is_set():
+        if kind is not None and self._thread.is_alive() and self.folder.exists():
+            self._since = -math.inf
+        if self._fired.is_set() or self._since == -math.inf:
             self._thread.join()
         self._stopped.set()
         if self._thread.is_alive():
@@ -65,14 +73,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick = min(1.0, self.seconds / 10)
+        ticks_between_looks = max(1, round(LOOK_SECONDS / tick))
+        before, ticks = time.monotonic(), 0
         while not self._stopped.wait(tick):
             faulthandler.dump_traceback_later(2 * self.seconds + GRACE_SECONDS, exit=True, file=STDERR)
-            if time.monotonic() - self._since > self.seconds:
+            now = time.monotonic()
+            if now - before > 5 * tick + 1:  # this process was suspended, as by `scontrol suspend`
+                self._since += now - before
+            before, ticks = now, ticks + 1
+            others = ticks % ticks_between_looks == 0 and self.folder.exists()
+            if others or now - self._since > self.seconds:
                 self._fired.set()
-                try:
-                    self._report()
-                finally:
-                    os._exit(EXIT_HANG)
+                self._end()
+
+    def _end(self) -> None:
+        """Report, whatever that is worth, and end the process."""
+        try:
+            self._report()
+        except BaseException:
+            text = f"error: hang in {self._phase}, and it cannot be reported in {self.folder}:\n{traceback.format_exc()}\n{all_stacks()}"
+            print(text, file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_HANG)
 
     def _report(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,14 +102,15 @@ class Watchdog:
         seconds = time.monotonic() - self._since
         report = RankReport(self.rank, self.node, os.getpid(), self._phase, seconds, waiting, place, collectives_issued())
         (self.folder / f"rank-{self.rank}.stacks.txt").write_text(all_stacks(), encoding="utf-8")
-        if (recorded := flight_recorder()) is not None:
-            (self.folder / f"nccl_trace_rank_{self.rank}").write_bytes(recorded)
         _write_whole(self.folder / f"rank-{self.rank}.json", json.dumps(asdict(report), indent=1))
+        with suppress(RuntimeError, OSError):  # it asks the driver, which may be what is stuck
+            if (recorded := flight_recorder()) is not None:
+                (self.folder / f"nccl_trace_rank_{self.rank}").write_bytes(recorded)
         reports = self._reports()
         if min(report.rank for report in reports) == self.rank:
             text = f"hang: {blame(reports, self.world_size)}; stacks of every rank are in {self.folder}"
-            print(f"error: {text}", file=sys.stderr, flush=True)
             _write_whole(self.folder / VERDICT, text + "\n")
+            print(f"error: {text}", file=sys.stderr, flush=True)
             time.sleep(2 * POLL_SECONDS)  # others see it before this process, and what depends on it, is gone
         else:
             _wait(lambda: (self.folder / VERDICT).exists(), GRACE_SECONDS)
@@ -101,7 +124,7 @@ class Watchdog:
 def flight_recorder() -> bytes | None:
     """The last collectives of this rank as torch recorded them (a pickle; `torchfrtrace` reads NCCL's), or None without a recorder."""
     bindings: Any = torch._C._distributed_c10d
-    for name in ("_dump_fr_trace", "_dump_nccl_trace"):  # of newer and older releases; the second needs NCCL
+    for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # of NCCL's groups, where there is NCCL; of gloo's
         if (dump := getattr(bindings, name, None)) is not None:
             return bytes(dump())
     return None

@@ -99,7 +99,8 @@ class RunDirectory:
         """Append what this start runs with to run.json, a list with one entry per start."""
         entries = self.read_run_info()
         entry = run_info(sys.argv if command is None else command)
-        entries.append({**entry, "resumed_from": resumed_from, "job": None if job is None else job.name})
+        of_job = {"job": job.name, "restarts": job.restarts} if job is not None else {"job": None}
+        entries.append({**entry, "resumed_from": resumed_from, **of_job})
         _write_whole(self.info_path, json.dumps(entries, indent=2) + "\n")
 
     def check_progress(self, job: BatchJob, step: int, most: int) -> None:
@@ -113,9 +114,9 @@ class RunDirectory:
         Raises:
             UserError: `most` restarts of this job have found this checkpoint already.
         """
-        starts = [entry for entry in self.read_run_info() if entry.get("job") == job.name]
-        idle = len(list(itertools.takewhile(lambda entry: entry.get("resumed_from") == step, reversed(starts))))
-        if most and job.restarts and idle > most:
+        starts = [entry for entry in self.read_run_info() if entry.get("job") == job.name and entry["restarts"] <= job.restarts]
+        idle = list(itertools.takewhile(lambda entry: entry["resumed_from"] == step, reversed(starts)))
+        if most and idle and job.restarts - idle[-1]["restarts"] > most:  # those that ended before they were written down count too
             raise UserError(
                 f"job {job.name} made no progress in {most} restarts (guard.max_idle_restarts): each began at step {step} and ended before "
                 "the next checkpoint. Look for the error in its log, or lower checkpoint.interval, then submit it anew"

@@ -73,6 +73,7 @@ class Loop:
     stragglers: StragglerMeter | None = None
     profiler: StepProfiler = field(default_factory=StepProfiler.off)
     _failed_saves: int = 0
+    _compared: int = 0
 
     def run(self, state: TrainState) -> int:
         """Train from `state` to the last step.
@@ -98,8 +99,9 @@ class Loop:
                 self._evaluate(state)
             stopped = self.stop.agreed(self.engine.context.device)
             if stopped or state.step == last or (run.checkpoint.interval and state.step % run.checkpoint.interval == 0):
-                self._save(state, must=bool(stopped) or state.step == last)
-                stopped = stopped or self.stop.agreed(self.engine.context.device)  # one that came while saving: all is saved
+                saved = self._save(state, must=bool(stopped) or state.step == last)
+                if saved and not stopped:
+                    stopped = self.stop.agreed(self.engine.context.device)  # one that came while saving: all is saved
             if stopped:
                 return stopped
         if state.step == run.train.steps:
@@ -118,6 +120,7 @@ class Loop:
         self.beat(name)
         with record_function(name):
             yield
+        self.beat(f"what follows {name}")
 
     def _beating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of an evaluation, each of which is progress."""
@@ -132,7 +135,8 @@ class Loop:
         meter = self.stragglers if self.stragglers is not None and self.stragglers.due(number) else None
         measure = functools.partial(meter.measure, number) if meter else None
         with self._phase(f"step {number}"):
-            result = train_step(self.engine, self.data.micro_batches(), clip, self.guard, measure)
+            beat = functools.partial(self.beat, f"step {number}")
+            result = train_step(self.engine, self.data.micro_batches(), clip, self.guard, measure, beat)
         self.data.advance()
         state.step = number
         state.tokens += result.tokens
@@ -180,21 +184,23 @@ class Loop:
     def _merge(self, state: TrainState) -> None:
         engine = self.engine
         with self._phase(f"the merge after step {state.step}"):
-            self._check_replicas(f"before the merge at step {state.step}")
+            self._check_replicas(state, f"before the merge at step {state.step}")
             merge_model(engine.chunks, engine.states(), engine.run.poet, parallel_state.get_data_parallel_group())
             state.merge_index += 1
             state.last_merge = state.step
-            self._check_replicas(f"after the merge at step {state.step}")
+            self._check_replicas(state, f"after the merge at step {state.step}")
 
-    def _check_replicas(self, when: str) -> None:
+    def _check_replicas(self, state: TrainState, when: str) -> None:
+        """Compare replicas, unless the settings say no."""
         if self.engine.run.parallel.check_replicas:
             check_replicas(self.engine.chunks, when, self.engine.replicated_state(), self.engine.context.nodes)
+        self._compared = state.step
 
     def _check_replicas_if_due(self, state: TrainState) -> None:
         interval = self.engine.run.parallel.check_replicas_interval
-        if interval and state.step % interval == 0 and state.step != state.last_merge and self.engine.context.world_size > 1:
+        if interval and state.step % interval == 0 and state.step != self._compared and self.engine.context.world_size > 1:
             with self._phase(f"the comparison of replicas after step {state.step}"):
-                self._check_replicas(f"after step {state.step}")
+                self._check_replicas(state, f"after step {state.step}")
 
     def _evaluate(self, state: TrainState) -> None:
         self.reporter.pause()
@@ -202,8 +208,11 @@ class Loop:
             self.reporter.evaluation(state.step, evaluate(self.engine, self._beating(self.evaluator.packed)))
         self.reporter.resume()
 
-    def _save(self, state: TrainState, must: bool) -> None:
+    def _save(self, state: TrainState, must: bool) -> bool:
         """Write a checkpoint of replicas that agree. If it fails and need not be now, training goes on, a few times.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             CheckpointError: it failed for good.
@@ -211,8 +220,8 @@ class Loop:
         self.reporter.pause()
         try:
             with self._phase(f"the checkpoint of step {state.step}"):
-                if self.engine.context.world_size > 1:
-                    self._check_replicas(f"before the checkpoint of step {state.step}")
+                if self.engine.context.world_size > 1 and state.step != self._compared:
+                    self._check_replicas(state, f"before the checkpoint of step {state.step}")
                 parts = {"data": dict(self.data.state_dict()), "guard": self.guard.state_dict()}
                 self.reporter.note(f"step {state.step}: saved {save_checkpoint(self.store, self.engine, state, parts)}")
             self._failed_saves = 0
@@ -223,3 +232,4 @@ class Loop:
                 raise
             self.reporter.note(f"warning: {error}. Training goes on; failure {self._failed_saves} of checkpoint.max_failures {most}")
         self.reporter.resume()
+        return not self._failed_saves

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -154,7 +156,7 @@ def _loop(loop: Loop, state: TrainState, directory: RunDirectory) -> int:
     engine = loop.engine
     run, context = engine.run, engine.context
     profiler = StepProfiler(run.profile, directory.path, context.rank, context.world_size, context.device, loop.reporter.note)
-    seconds = 60 * run.train.exit_minutes or math.inf
+    seconds = 60 * run.train.exit_minutes - process_age() if run.train.exit_minutes else math.inf
     with stop_on_signals(seconds) as loop.stop, _watchdog(run, context, directory) as watchdog, profiler:
         loop.beat, loop.stragglers, loop.profiler = watchdog.beat, StragglerMeter(engine, run.guard), profiler
         profiler.announce(state.step)
@@ -164,6 +166,11 @@ def _loop(loop: Loop, state: TrainState, directory: RunDirectory) -> int:
         if not _final_evaluation_exists(directory, state.step):
             loop.evaluate_finally(state)
         return 0
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _watchdog(run: RunConfig, context: ParallelContext, directory: RunDirectory) -> Watchdog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,12 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, batches: Iterable[Batch], clip_grad: float, guard: LossGuard | None = None, measure: Measure | None = None
+    engine: Engine,
+    batches: Iterable[Batch],
+    clip_grad: float,
+    guard: LossGuard | None = None,
+    measure: Measure | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> StepResult:
     """Take one optimizer step, or pass over its batch as the guard decides; the schedule goes on either way. Collective over all ranks.
 
@@ -53,11 +58,12 @@ def train_step(
         clip_grad: gradient clipping threshold of this step; 0 disables clipping.
         guard: judges losses and gradients; by default, what is not finite stops the run.
         measure: how to load the micro-batches and run them forward and backward, if they are measured meanwhile.
+        beat: called with each micro-batch that is loaded, and again with each that is begun: the step makes progress.
 
     Raises:
         NonFiniteError, LossSpikeError: on every rank, before any update, if that is the guard's policy.
     """
-    losses = (measure or _do)(lambda: _load(batches), lambda loaded: _forward_backward(engine, loaded))
+    losses = (measure or _do)(lambda: _load(batches, beat), lambda loaded: _forward_backward(engine, loaded))
     # One pass over each buffer, no temporaries; a finite buffer whose sum overflows is looked at again below.
     sums_finite = torch.stack([gradient.sum().isfinite() for gradient in engine.gradients()]).all()
     loss, tokens, finite = _agree(losses, sums_finite, engine)
@@ -73,9 +79,28 @@ def _do(load: Callable[[], list[Batch]], work: Callable[[list[Batch]], list[Tens
     return work(load())
 
 
-def _load(batches: Iterable[Batch]) -> list[Batch]:
+class _Beating(list[Batch]):
+    """Micro-batches, each of which is progress when it is taken."""
+
+    def __init__(self, batches: Iterable[Batch], beat: Callable[[], None]) -> None:
+        super().__init__(batches)
+        self._beat = beat
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self._beat()
+            yield batch
+
+
+def _load(batches: Iterable[Batch], beat: Callable[[], None] | None) -> list[Batch]:
     with record_function("data"):
-        return list(batches)
+        if beat is None:
+            return list(batches)
+        loaded = []
+        for batch in batches:
+            beat()
+            loaded.append(batch)
+        return _Beating(loaded, beat)
 
 
 def _forward_backward(engine: Engine, batches: list[Batch]) -> list[Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ import torch
 from conftest import TINY
 from torch.distributed.checkpoint import FileSystemReader
 
+from poet_megatron.checkpoint import room
 from poet_megatron.checkpoint.io import load_checkpoint, read_common
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.data.prepared import PreparedData
@@ -144,19 +148,20 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(tiny_run, capsys):
 @pytest.mark.parametrize(
     ("starts", "job", "step", "refused"),
     [
-        ([("a", 0)] * 4, ("a", 4), 0, True),
-        ([("a", 0)] * 3, ("a", 3), 0, False),  # the third restart
-        ([("a", 0)] * 4, ("a", 0), 0, False),  # not a restart: numbers of jobs come again
-        ([("a", 0)] * 4, ("a", 4), 5, False),  # a checkpoint has been written
-        ([("a", 0)] * 3 + [("a", 5), ("a", 0)], ("a", 5), 0, False),  # it fell back to an older one
-        ([("a", 0)] * 2 + [("b", 0)] + [("a", 0)] * 2, ("a", 4), 0, True),
-        ([(None, 0)] * 4, ("a", 4), 0, False),
+        ([("a", n, 0) for n in range(4)], ("a", 4), 0, True),
+        ([("a", n, 0) for n in range(3)], ("a", 3), 0, False),  # the third restart
+        ([("a", n, 0) for n in range(4)], ("a", 0), 0, False),  # not a restart: numbers of jobs come again
+        ([("a", n, 0) for n in range(4)], ("a", 4), 5, False),  # a checkpoint has been written
+        ([("a", 0, 0), ("a", 1, 5), ("a", 2, 0)], ("a", 5), 0, False),  # it fell back to an older one
+        ([("a", 0, 0), ("a", 1, 5), ("a", 2, 0)], ("a", 6), 0, True),
+        ([("a", 0, 0), ("b", 0, 0), ("a", 1, 0)], ("a", 4), 0, True),  # two starts ended before they could be written down
+        ([(None, 0, 0)] * 4, ("a", 4), 0, False),
     ],
 )
 def test_which_restart_is_one_too_many(tmp_path, starts, job, step, refused):
     directory = RunDirectory(tmp_path)
-    for name, resumed_from in starts:
-        directory.write_run_info(["x"], resumed_from, BatchJob(name) if name else None)
+    for name, restarts, resumed_from in starts:
+        directory.write_run_info(["x"], resumed_from, BatchJob(name, restarts) if name else None)
     check = lambda most: directory.check_progress(BatchJob(*job), step, most)  # noqa: E731
     if refused:
         with pytest.raises(UserError, match="made no progress in 3 restarts"):
@@ -192,7 +197,7 @@ def test_a_full_disk(tiny_run, small_disk: Path, tiny_data, capsys):
     def begin(store: CheckpointStore, step: int) -> Path:
         number = next(calls)
         if number == 2:
-            filler.write_bytes(bytes(small_disk_free(small_disk) - 3_000_000))
+            filler.write_bytes(bytes(small_disk_free(small_disk) - 1_500_000))
         if number == 3:
             filler.unlink()
         return save(store, step)
@@ -204,11 +209,48 @@ def test_a_full_disk(tiny_run, small_disk: Path, tiny_data, capsys):
     assert "MB are missing); the last one is of step 2. Training goes on; failure 1 of checkpoint.max_failures 3" in output
     store = CheckpointStore(small_disk / "run" / "checkpoints")
     assert sorted(path.name for path in store.root.iterdir()) == ["step-00000006", "step-00000007"]
-    filler.write_bytes(bytes(small_disk_free(small_disk) - 3_000_000))
+    filler.write_bytes(bytes(small_disk_free(small_disk) - 1_500_000))
     with pytest.raises(UserError, match="the checkpoint of step 8 could not be written .* are missing.*; the last one is of step 7"):
         pretrain(tiny_run("run", {"train.run_dir": str(small_disk / "run"), "checkpoint.interval": "2", "train.steps": "8"}))
     assert store.newest_intact() == 7
     assert sorted(path.name for path in store.root.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_a_signal_during_a_save_that_fails_saves_in_the_next_step(tiny_run, capsys):
+    """It asked for a checkpoint: the run must not leave with status 75 and without one."""
+    run = tiny_run("run", {"train.steps": "9", "checkpoint.interval": "2"})
+    begin, calls = CheckpointStore.begin, iter(range(1, 9))
+
+    def fails_once(store: CheckpointStore, step: int) -> Path:
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return begin(store, step)
+
+    with mock.patch.object(CheckpointStore, "begin", fails_once):
+        assert pretrain(run) == EXIT_SAVED
+    assert "failure 1 of checkpoint.max_failures 3" in capsys.readouterr().out
+    assert CheckpointStore(Path(run.train.run_dir) / "checkpoints").steps() == [3]
+
+
+def test_no_room_is_said_in_numbers(tmp_path):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
+        room.check_room(tmp_path / "x", 1_900_000)
+        with pytest.raises(room.CheckpointError, match=r"no room for a checkpoint of 2.5 MB in .*: 3.0 MB are free, 0.5 MB are missing"):
+            room.check_room(tmp_path / "x", 2_500_000)
+
+
+def test_a_lost_disk_is_an_error_of_the_checkpoint(tiny_run):
+    """Not of the cleaning up after it."""
+    run = tiny_run("run", {"train.steps": "3", "checkpoint.interval": "0"})
+    lost = mock.MagicMock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
+    with (
+        mock.patch.object(CheckpointStore, "abandon", lost),
+        mock.patch.object(CheckpointStore, "steps", lambda store: [] if not lost.called else lost()),
+        pytest.raises(UserError, match=r"the checkpoint of step 3 could not be written \(rank 0: Input/output error\)$"),
+    ):
+        pretrain(run)
 
 
 def small_disk_free(folder: Path) -> int:

@@ -20,7 +20,7 @@ from poet_megatron.model.llama import LlamaModel
 FAULTY_STEP = 3
 SPIKE_STEP = 12
 FOREVER = 1000.0
-SLOW = 0.15
+SLOW = 0.4
 
 
 @contextmanager
@@ -123,5 +123,6 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     ),
     "flipped factor": lambda: after(MegatronEngine, "update", flipped_factor, STEP),
     "flipped moment": lambda: after(MegatronEngine, "update", flipped_moment, STEP),
-    "short files": lambda: replaced(checkpoint_io.dist_checkpointing, "save", short_files),
+    "short files": lambda: replaced(checkpoint_io, "write_tensors", short_files),
+    "no common part": lambda: before(checkpoint_io, "write_common", disk_gone, lambda call: call <= 2),
 }

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from poet_megatron.errors import EXIT_HANG
-from poet_megatron.guard.hang import RankReport, blame, place_of
+from poet_megatron.guard.hang import WAITING, RankReport, blame, place_of
 from poet_megatron.guard.watchdog import Watchdog
 
 
@@ -41,6 +44,12 @@ def test_the_rank_that_others_wait_for_in_a_collective():
     assert blame([report(3, g2_3=43, g1_3=7), *reports[:3]], 4) == expected  # even if it seems to wait, for a GPU for example
 
 
+def test_the_stage_that_holds_up_its_replica():
+    """Two stages of two replicas: rank 2 hangs, rank 0 before it waits for its message, and the other replica for both at the end."""
+    reports = [report(0, g0_1=7), report(1, g0_1=8), report(2, waiting=False, g2_3=7), report(3, g2_3=8)]
+    assert blame(reports, 4).startswith("rank 2 (n2, pid 102) has been in step 7") and "rank 0" not in blame(reports, 4)
+
+
 def test_the_rank_that_does_not_wait():
     """Of pipeline stages, which send each other messages and share no collective."""
     assert blame([report(0, g=5), report(1, waiting=False, g=5)], 2) == (
@@ -50,7 +59,9 @@ def test_the_rank_that_does_not_wait():
 
 @pytest.mark.parametrize("waiting", [True, False])
 def test_nobody_stands_out(waiting: bool):
-    assert blame([report(0, waiting, g=5), report(1, waiting, g=5)], 2).startswith("all ranks have issued the same collectives")
+    assert blame([report(0, waiting, g=5), report(1, waiting, g=5)], 2).startswith(
+        "no rank is behind the others or does something else than wait"
+    )
 
 
 def test_a_world_of_one():
@@ -87,11 +98,11 @@ def test_places():
 
 
 def test_a_watchdog_that_is_heard_regularly_says_nothing(tmp_path: Path):
-    with Watchdog(2.0, tmp_path / "hangs") as watchdog:
+    with mock.patch.object(Watchdog, "_end") as end, Watchdog(2.0, tmp_path / "hangs") as watchdog:
         for number in range(30):
             watchdog.beat(f"step {number}")
             time.sleep(0.1)
-    assert not (tmp_path / "hangs").exists()
+    assert not end.called
     with Watchdog(math.inf, tmp_path / "hangs"):  # switched off
         assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
@@ -114,7 +125,11 @@ def hang(tmp_path: Path, statement: str, seconds: float) -> subprocess.Completed
 def test_a_hang_of_one_process(tmp_path: Path):
     done = hang(tmp_path, "time.sleep(1000)", 1.0)
     assert done.returncode == EXIT_HANG and done.stdout == ""
-    assert "error: hang: rank 0 (here, pid " in done.stderr and "has been in step 5 for 1 s, at <string>:8 in <module>" in done.stderr
+    assert (
+        "error: hang: rank 0 (here, pid " in done.stderr
+        and "has been in step 5 for " in done.stderr
+        and ", at <string>:8 in <module>" in done.stderr
+    )
     assert json.loads((tmp_path / "hangs" / "rank-0.json").read_text())["phase"] == "step 5"
     assert 'File "<string>", line 8' in (tmp_path / "hangs" / "rank-0.stacks.txt").read_text()
 
@@ -124,3 +139,34 @@ def test_a_process_that_holds_pythons_lock_is_ended_all_the_same(tmp_path: Path)
     done = hang(tmp_path, "time.sleep(2.5) or ctypes.PyDLL(None).sleep(1000)", 4.0)
     assert done.returncode == 1 and done.stdout == ""
     assert "Timeout" in done.stderr and 'File "<string>", line 8' in done.stderr
+
+
+def test_a_rank_reports_when_another_one_does(tmp_path: Path):
+    """It was heard a moment ago, and so may go on for long."""
+    program = f"""
+        import threading, time
+        from pathlib import Path
+        from poet_megatron.guard import watchdog
+        watchdog.GRACE_SECONDS, watchdog.LOOK_SECONDS = 1.0, 0.5
+        folder = Path({str(tmp_path / "hangs")!r})
+        with watchdog.Watchdog(300.0, folder, rank=1, world_size=2, node="there") as dog:
+            dog.beat("step 5")
+            folder.mkdir()
+            (folder / "rank-0.json").write_text({json.dumps(json.dumps(asdict(report(0, waiting=False))))})
+            threading.Event().wait(100)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_HANG and done.stderr == ""  # rank 0 is to give the verdict
+    found = json.loads((tmp_path / "hangs" / "rank-1.json").read_text())
+    assert found["phase"] == "step 5" and not found["waiting"]  # for a thread of its own, which loads data, for example
+
+
+def test_a_hang_that_cannot_be_reported_is_said(tmp_path: Path):
+    (tmp_path / "hangs").write_text("a file in the way")
+    done = hang(tmp_path, "time.sleep(1000)", 1.0)
+    assert done.returncode == EXIT_HANG
+    assert "error: hang in step 5, and it cannot be reported in " in done.stderr and 'File "<string>", line 8' in done.stderr
+
+
+def test_waiting_for_a_gpu_is_waiting():
+    assert WAITING.search("        return torch._C._cuda_synchronize()") and WAITING.search("torch.cuda.synchronize()")
