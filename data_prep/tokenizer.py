@@ -2,8 +2,8 @@ r"""Training and using a SentencePiece tokenizer whose ids survive a conversion 
 
 Options of the models trained here, and why:
 
-- BPE with byte fallback: every text has tokens, and `LlamaTokenizer`, itself a BPE with byte fallback, can hold it
-  (it cannot hold a unigram model, which `prepare train-tokenizer --model unigram` trains for data that is not exported with it).
+- BPE with byte fallback: every text has tokens, and its export has the same ids on every text. (`prepare train-tokenizer --model unigram`
+  trains the other kind, whose export may choose the other of two splits with equal scores.)
 - `normalization_rule_name=identity`, `remove_extra_whitespaces=False`: newlines, tabs and runs of spaces survive a round trip. Only
   U+2581, SentencePiece's own space mark, decodes to a space.
 - `add_dummy_prefix=False`: SentencePiece puts its prefix before every text, Hugging Face's Metaspace only before texts that do not begin

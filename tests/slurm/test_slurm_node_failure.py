@@ -35,6 +35,11 @@ def run_until_a_node_dies(desk: Desk, nodes: str) -> int:
     desk.wait_for_log("job", job, f"step {HELD - 1}/24")
     assert desk.show(job)["NodeList"] == "gpu[4-5]"
     assert desk.cluster.kill_node(DEAD) == 1
+    desk.wait(
+        lambda: f"no longer usable: {DEAD}" in desk.log("job", job),
+        "the other rank, which waits for ever, is ended",
+        lambda: desk.log("job", job),
+    )
     desk.release()
     return job
 

@@ -126,7 +126,9 @@ def test_a_chain_is_submitted_job_by_job(recipe: Path, slurm: Path, corpus: Path
 
 def test_jobs_without_gpus_go_where_the_site_says(recipe: Path, slurm: Path, corpus: Path):
     (slurm / "site.sh").write_text("export SBATCH_CONSTRAINT=h100 POET_CPU_PARTITION=small\n")
-    assert launch(recipe, "--input", str(corpus), "--vocab-size=320", "--data.path", str(slurm / "data"), "--partition=batch", "--qos=q") == 0
+    assert (
+        launch(recipe, "--input", str(corpus), "--vocab-size=320", "--data.path", str(slurm / "data"), "--partition=batch", "--qos=q") == 0
+    )
     tokenizer, *_, pretrain = submissions(slurm)
     assert "--qos=q --partition=small --constraint= " in tokenizer
     assert "--qos=q --partition=batch --nodes=2" in pretrain and "--constraint" not in pretrain

@@ -323,6 +323,12 @@ def test_threads_and_batches_change_nothing(own: bytes, native: bool) -> None:
     for threads in (1, 2, 3, 7, 400):
         ids, offsets = encoder.encode_batch(texts, threads)
         assert [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
+    for sizes in ((10_000, 10_000, 40_000), (40_000, 10, 10), (10, 10, 40_000), (9000, 9000, 9000, 9000)):  # more threads than shares
+        texts = [chr(97 + number) * size for number, size in enumerate(sizes)]
+        expected = encoder.encode_batch(texts)
+        for threads in (2, 3, 4, 9):
+            found = encoder.encode_batch(texts, threads)
+            assert found.ids.tolist() == expected.ids.tolist() and found.offsets.tolist() == expected.offsets.tolist()
     assert encoder.encode_batch([""] * 9, 4).offsets.tolist() == [0] * 10
     assert encoder.encode_batch(["x"], 4).ids.tolist() == encoder.encode("x").tolist()
 
