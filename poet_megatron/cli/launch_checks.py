@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from poet_megatron.checkpoint.store import CheckpointStore
-from poet_megatron.config.dump import diff_configs
 from poet_megatron.config.load import load_config
+from poet_megatron.config.resume import forbidden_changes
 from poet_megatron.config.run import RunConfig
 from poet_megatron.errors import UserError
 from poet_megatron.launch import check
@@ -111,13 +111,7 @@ def _check_writable(path: Path) -> None:
 
 def _check_same_model(checkpoint: Path, run: RunConfig) -> None:
     """As pretraining does when it starts."""
-    from poet_megatron.train.run import FIXED_SECTIONS  # loads torch
-
-    fixed = tuple(key for key in FIXED_SECTIONS if run.method == "poet" or not key.startswith("poet."))
-    saved = load_config(checkpoint / "config.yaml")
-    unknown = "poet.shard_groups" if run.poet.shard_groups == 0 else "\0"  # means what the first start decided
-    fatal = [line for line in diff_configs(saved, run) if line.startswith(fixed) and not line.startswith(unknown)]
-    if fatal:
+    if fatal := forbidden_changes(load_config(checkpoint / "config.yaml"), run):
         raise UserError(
             f"{checkpoint} was written by another model and cannot continue with: {'; '.join(fatal)}; undo the change or choose "
             "another train.run_dir"

@@ -20,6 +20,7 @@ from poet_megatron.checkpoint.io import CONFIG_NAME, choose_checkpoint, load_che
 from poet_megatron.checkpoint.store import CheckpointStore
 from poet_megatron.config.dump import diff_configs, flat_values, to_yaml
 from poet_megatron.config.load import load_config
+from poet_megatron.config.resume import forbidden_changes
 from poet_megatron.config.run import RunConfig
 from poet_megatron.data.corpora import Corpus, open_corpora, resolve_data
 from poet_megatron.data.eval_data import packed_eval_batches, reference_protocol_batches
@@ -44,20 +45,6 @@ from poet_megatron.train.loop import Evaluator, Loop
 from poet_megatron.train.report import Reporter
 from poet_megatron.train.signals import reason_of, stop_on_signals
 
-FIXED_SECTIONS = (
-    "method",
-    "model.",
-    "poet.variant",
-    "poet.block_size",
-    "poet.orthogonal_map",
-    "poet.neumann_",
-    "poet.shard_groups",
-    "poet.share_input_rotation",
-    "train.seed",
-    "train.precision",
-    "poet.master_weights",
-    "train.global_batch_size",
-)
 HANG_SHARE = 0.8
 """Of parallel.timeout_minutes, after which collectives fail by themselves: the watchdog is to be first."""
 logger = logging.getLogger(__name__)
@@ -222,15 +209,12 @@ def _checked_common(store: CheckpointStore, step: int | None, run: RunConfig, is
     path = store.path(step)
     common = read_common(path)
     saved = load_config(path / CONFIG_NAME)
-    changes = diff_configs(saved, run)
-    fixed = tuple(key for key in FIXED_SECTIONS if run.method == "poet" or not key.startswith("poet."))
-    fatal = [line for line in changes if line.startswith(fixed)]
-    if fatal:
+    if fatal := forbidden_changes(saved, run):
         raise UserError(
             f"{path} was written by another model and cannot continue with: {'; '.join(fatal)}. "
             "Undo the change or choose another train.run_dir"
         )
-    if changes and is_main:
+    if is_main and (changes := diff_configs(saved, run)):
         logger.warning("resuming with changed settings: %s", "; ".join(changes))
     return common
 

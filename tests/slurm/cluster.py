@@ -28,6 +28,7 @@ NODE = f"CPUs=128 RealMemory=512000 Gres=gpu:h100:{GPUS}"
 GRACE_SECONDS = 90
 """What a preempted job has left, and a cancelled one: generous, for a loaded machine."""
 DEADLINE_SECONDS = 60.0
+COMMAND_SECONDS, STOP_SECONDS = 120, 10
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel", "shellcheck")
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# poet-megatron tests, pid"
@@ -95,7 +96,8 @@ class Cluster:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a Slurm command."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        command = ["timeout", str(COMMAND_SECONDS), *words]  # some wait for ever for a controller that is gone
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 or not check, f"{' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -145,17 +147,23 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancel all jobs, stop all daemons and take the names out of /etc/hosts."""
-        with contextlib.suppress(OSError):
-            self.kill_jobs()
-        pids = [self._pid(f"{name}.pid") for name in ("slurmctld", *(f"slurmd.{node}" for node in self.nodes), "munged")]
-        for pid in filter(None, pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        self.kill_jobs()
+        daemons = [found for found in psutil.process_iter(["cmdline"]) if self._is_ours(found)]
         for found in psutil.process_iter(["cmdline"]):
             if "slurmstepd" in (found.info["cmdline"] or [""])[0] and _uses(found, self.conf):
                 _kill_tree(found.pid)
-        psutil.wait_procs([psutil.Process(pid) for pid in filter(None, pids) if psutil.pid_exists(pid)], timeout=10)
+        for found in daemons:
+            with contextlib.suppress(psutil.Error):
+                found.terminate()
+        for found in psutil.wait_procs(daemons, timeout=STOP_SECONDS)[1]:
+            with contextlib.suppress(psutil.Error):
+                found.kill()
         _remove_hosts(os.getpid())
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Whether a process is a daemon of this cluster, by its command line: a test may have taken the folder away."""
+        words = process.info["cmdline"] or [""]
+        return Path(words[0]).name in ("munged", "slurmctld", "slurmd") and f"{self.folder}/" in " ".join(words)
 
     def _pid(self, name: str) -> int | None:
         try:
