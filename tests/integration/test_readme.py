@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```bash test\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMANDS = ("prepare", "pretrain", "evaluate", "export", "estimate")
+COMMANDS = ("prepare", "pretrain", "evaluate", "export", "estimate", "doctor", "compare")
 
 
 def test_readme_commands_run(tmp_path):
