@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from conftest import TINY, train_losses
 
 from poet_megatron.checkpoint.store import CheckpointStore
@@ -59,6 +60,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_stopped_twice_crashed_once_and_completed(tiny_data: Path, tmp_path: Path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     store = CheckpointStore(run_dir / "checkpoints", 99)
