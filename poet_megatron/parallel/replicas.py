@@ -60,8 +60,8 @@ def check_replicas(chunks: Sequence[nn.Module], when: str, others: Iterable[Shar
         more = f"; {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
         raise ReplicasDiverged(
             f"{when}, ranks that must hold the same bits do not: {'; '.join(problems[:REPORTED])}{more}. A rank computed something else "
-            "(a hardware fault, or kernels that are not deterministic): restart from the last checkpoint; where the differences are "
-            "harmless, parallel.check_replicas false"
+            "(a hardware fault, or kernels that are not deterministic): restart from the last checkpoint; if that is harmless, set "
+            "parallel.check_replicas to false"
         )
 
 
