@@ -40,7 +40,7 @@ Merges::Merges(const std::vector<Piece>& pieces) : ascii_(128, no_symbol) {
 
 /* Numbers symbols: pieces, then characters that occur in pieces only. Equal scores get equal ranks. */
 void Merges::index(const std::vector<Piece>& pieces) {
-  std::vector<double> scores;
+  std::vector<float> scores;
   for (const Piece& piece : pieces) scores.push_back(piece.score);
   std::sort(scores.begin(), scores.end(), std::greater<>());
   scores.erase(std::unique(scores.begin(), scores.end()), scores.end());

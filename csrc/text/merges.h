@@ -14,7 +14,7 @@ namespace poet::text {
 struct Piece {
   std::string text; /* a space for every U+2581 */
   std::int32_t id;
-  double score;
+  float score;
 };
 
 /* A part of a word: a symbol (see Merges) and where it begins and ends. */
