@@ -7,11 +7,9 @@ the size asked for.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
-import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +21,29 @@ from typing import Any
 
 from benchmarks.timing import Samples, Spread, interleave, stopwatch
 from data_prep.files import sha256_of
-from data_prep.settings import Settings
-from data_prep.sources import find_files
-from data_prep.tokenizing import tokenize
 
 OURS, MEGATRON = "prepare tokenize", "preprocess_data.py"
 SCRIPT = Path("tools", "preprocess_data.py")
 ENDINGS = (".jsonl", ".json.gz")
+COMMAND = """
+import json, resource, sys
+from poet_megatron.cli.main import main
+status = main(sys.argv[1:])
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps([one.ru_utime + one.ru_stime for one in used]))
+sys.exit(status)
+"""
+"""The command, and the processor time of its own process and of its workers."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run left."""
+
+    content: Path
+    """The .bin."""
+    writer_share: float | None = None
+    """Share of the processor time that the process which reads and writes took; its workers took the rest."""
 
 
 @dataclass
@@ -38,13 +52,13 @@ class Pipeline:
 
     system: str
     source: Path
-    run: Callable[[Path, Path], Path]
-    """(file of texts, folder to write) -> the .bin."""
+    run: Callable[[Path, Path], Ran]
+    """(file of texts, folder to write) -> what it did."""
     output: Path
     start: float = 0.0
     """Seconds that one document takes."""
     writer_shares: list[float] = field(default_factory=list)
-    """Of each run: the share of processor time spent in the process that reads and writes; its workers spent the rest."""
+    """Of each run, if it is known."""
     bin_sha256: str = ""
 
     def __call__(self) -> float:
@@ -54,30 +68,26 @@ class Pipeline:
     def measure_start(self, single: Path) -> None:
         """Time a run on a file of one document, the faster of two."""
         self.start = min(self._timed(single, self.output.with_name(f"{self.output.name}-start")) for _ in range(2))
+        self.writer_shares.clear()
 
     def _timed(self, source: Path, output: Path) -> float:
-        for path in output.glob("*") if output.exists() else ():
-            path.unlink()
-        output.mkdir(exist_ok=True)
-        before = _processor_seconds()
-        start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):
-            content = self.run(source, output)
-        seconds = time.perf_counter() - start
-        own, children = (after - earlier for after, earlier in zip(_processor_seconds(), before, strict=True))
-        self.writer_shares.append(own / (own + children))
-        self.bin_sha256 = sha256_of(content)
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        begun = time.perf_counter()
+        ran = self.run(source, output)
+        seconds = time.perf_counter() - begun
+        self.bin_sha256 = sha256_of(ran.content)
+        if ran.writer_share is not None:
+            self.writer_shares.append(ran.writer_share)
         return seconds
 
 
-def _processor_seconds() -> tuple[float, float]:
-    """Of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return used[0].ru_utime + used[0].ru_stime, used[1].ru_utime + used[1].ru_stime
-
-
 def write_corpus(texts: Sequence[str], megabytes: float, folder: Path) -> tuple[int, int]:
-    """Write the texts, repeated up to `megabytes`, with each ending, and the first alone; returns documents and bytes of text."""
+    """Write the texts, repeated up to `megabytes`, with each ending, and the first alone; returns documents and bytes of text.
+
+    Those with NUL characters are left out: we skip them, Megatron does not, and the bytes are to be the same.
+    """
+    texts = [text for text in texts if "\0" not in text]
     documents = size = 0
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as plain, gzip.open(folder / "corpus.json.gz", "wt", 6, "utf-8") as packed:
         for text in _repeated(texts, megabytes):
@@ -100,31 +110,35 @@ def _repeated(texts: Sequence[str], megabytes: float) -> Iterator[str]:
         yield text
 
 
-def ours(model: Path, workers: int) -> Callable[[Path, Path], Path]:
-    """Our pipeline in this process, with worker processes as the command has them."""
+def ours(model: Path, workers: int) -> Callable[[Path, Path], Ran]:
+    """Our command."""
 
-    def run(source: Path, output: Path) -> Path:
-        settings = Settings(tokenizer=str(model), valid_fraction=0.0)
-        tokenize(find_files([str(source)]), output, settings, workers=workers)
-        return output / "part-00000.train.bin"
+    def run(source: Path, output: Path) -> Ran:
+        words = ["prepare", "tokenize", "--input", str(source), "--output", str(output), "--tokenizer", str(model.resolve())]
+        command = [sys.executable, "-c", COMMAND, *words, "--workers", str(workers), "--valid-fraction", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"prepare tokenize failed:\n{done.stderr[-2000:]}")
+        own, others = json.loads(done.stdout.splitlines()[-1])
+        return Ran(output / "part-00000.train.bin", own / (own + others))
 
     return run
 
 
-def megatrons(checkout: Path, model: Path, workers: int) -> Callable[[Path, Path], Path]:
+def megatrons(checkout: Path, model: Path, workers: int) -> Callable[[Path, Path], Ran]:
     """Megatron's script, from a checkout of Megatron-LM."""
     script = (checkout / SCRIPT).resolve()
     if not script.is_file():
         raise SystemExit(f"--megatron {checkout} has no {SCRIPT}: name a checkout of Megatron-LM")
     options = ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(model.resolve()), "--append-eod"]
 
-    def run(source: Path, output: Path) -> Path:
+    def run(source: Path, output: Path) -> Ran:
         words = [sys.executable, str(script), "--input", str(source.resolve()), "--output-prefix", str(output.resolve() / "megatron")]
         done = subprocess.run([*words, "--workers", str(workers), *options], cwd=output, capture_output=True, text=True, check=False)
         found = output / "megatron_text_document.bin"
         if not found.with_suffix(".idx").is_file():  # not its status: some versions fail after their work is done
             raise SystemExit(f"{script} wrote no data (status {done.returncode}):\n{done.stderr[-2000:]}")
-        return found
+        return Ran(found)
 
     return run
 
@@ -178,7 +192,7 @@ def _row(pipeline: Pipeline, samples: Samples, counts: tuple[int, int], alone: f
         "mb_per_s_with_start": round(counts[1] / seconds.median / 1e6, 2),
         "mb_per_s_with_start_min": round(counts[1] / seconds.high / 1e6, 2),
         "mb_per_s_with_start_max": round(counts[1] / seconds.low / 1e6, 2),
-        "writer_share": round(Spread.of(pipeline.writer_shares).median, 3) if pipeline.system == OURS else None,
+        "writer_share": round(Spread.of(pipeline.writer_shares).median, 3) if pipeline.writer_shares else None,
         "sentencepiece_mb_per_s": round(alone, 2),
         "over_sentencepiece": round(rate / alone, 2),
         "bin_sha256": pipeline.bin_sha256,
