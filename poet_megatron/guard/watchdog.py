@@ -36,9 +36,9 @@ class Watchdog:
 
     First every rank writes `rank-N.json` (where it stands) and `rank-N.stacks.txt` into `folder`, which is on a file system that all ranks
     share, and torch's flight recorder as `nccl_trace_rank_N`; then the lowest rank that is able to says in `verdict.txt`, and on stderr,
-    which rank is to blame. A rank that is stuck without giving up Python's lock cannot do that; it
-    is ended by a timer in C that needs no lock, with its stacks on stderr. A rank that sees a report of another one reports too: it may
-    have made progress for a while longer, as evaluations on different data do.
+    which rank is to blame. A rank that is stuck without giving up Python's lock cannot do that; it is ended by a timer in C that needs no
+    lock, with its stacks on stderr. A rank that sees a report of another one reports too: it may have made progress for a while longer, as
+    evaluations on different data do.
     """
 
     def __init__(self, seconds: float, folder: Path, rank: int = 0, world_size: int = 1, node: str = "") -> None:
@@ -47,6 +47,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._fired = threading.Event()
+        self._cut_off = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, phase: str) -> None:
@@ -63,8 +64,8 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop watching. While a hang is being reported (others may have ended, and cut this rank's connections) wait for its end."""
         if kind is not None and self._thread.is_alive() and self.folder.exists():
-            self._since = -math.inf
-        if self._fired.is_set() or self._since == -math.inf:
+            self._cut_off.set()
+        if self._fired.is_set() or self._cut_off.is_set():
             self._thread.join()
         self._stopped.set()
         if self._thread.is_alive():
@@ -82,9 +83,10 @@ class Watchdog:
                 self._since += now - before
             before, ticks = now, ticks + 1
             others = ticks % ticks_between_looks == 0 and self.folder.exists()
-            if others or now - self._since > self.seconds:
+            if others or self._cut_off.is_set() or now - self._since > self.seconds:
                 self._fired.set()
                 self._end()
+                break
 
     def _end(self) -> None:
         """Report, whatever that is worth, and end the process."""
@@ -100,6 +102,7 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         place, waiting = place_of(main_frame())
         seconds = time.monotonic() - self._since
+        waiting = waiting or self._cut_off.is_set()  # it did until it lost its connections; now it waits for this thread
         report = RankReport(self.rank, self.node, os.getpid(), self._phase, seconds, waiting, place, collectives_issued())
         (self.folder / f"rank-{self.rank}.stacks.txt").write_text(all_stacks(), encoding="utf-8")
         _write_whole(self.folder / f"rank-{self.rank}.json", json.dumps(asdict(report), indent=1))

@@ -72,6 +72,15 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run):
         assert engine.scheduler.num_steps == 3
 
 
+def test_every_micro_batch_is_progress(tiny_run):
+    """Two of them, when loaded and when begun: a step may last longer than the watchdog waits."""
+    run, beats = tiny_run(), []
+    with parallel_context(run.parallel, run.train.seed) as context:
+        engine, data = build_engine(run, context), batches_of(run, context)
+        train_step(engine, data.micro_batches(), 1.0, beat=lambda: beats.append(len(beats)))
+    assert data.num_microbatches == 2 and len(beats) == 4
+
+
 def test_a_rollback_across_a_merge_is_a_resumed_run_on_later_data(tiny_run, losses):
     """Checkpoints of steps 6 and 12, merges after 5, 10, ...; step 11 goes wrong. By hand: the weights of step 6, merged once, go on
     with the data and the schedule of step 12, and are merged with step 15. Every bit of the losses is the same."""
