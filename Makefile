@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 RUN ?= runs/demo
 DATA ?= runs/demo-data
+TEST_WORKERS ?= 2
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
@@ -42,7 +43,7 @@ demo: $(NATIVE)  ## text to tokenizer to a trained, evaluated and exported Llama
 	@echo "model       $(RUN)/export          (a Hugging Face Llama)"
 
 test: $(NATIVE)  ## run the tests (unmarked ones)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(NATIVE)  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)

@@ -80,7 +80,8 @@ def _read_proto(model: Path) -> Any:
     unsupported = [p.piece for p in proto.pieces if p.type in (USER_DEFINED, UNUSED)]
     if unsupported:
         raise UserError(
-            f"{model} has the user-defined or unused piece {unsupported[0]!r}; Hugging Face treats such pieces differently, train without"
+            f"{model} has the user-defined or unused piece {unsupported[0]!r}; Hugging Face treats such pieces differently; "
+            "export with --no-tokenizer, or train a tokenizer without them"
         )
     return proto
 
@@ -174,7 +175,7 @@ def _check_same_ids(model: Path, proto: Any, processor: Any, tokenizer: Any) -> 
         if expected != got and not (proto.trainer_spec.model_type == UNIGRAM and _equally_good(proto, expected, got)):
             raise UserError(
                 f"{model} cannot be converted exactly: {text!r} is {expected} in sentencepiece but {got} in Hugging Face's tokenizer; "
-                "export without the tokenizer and use sentencepiece, or train it with identity normalization and byte fallback"
+                "export with --no-tokenizer and use sentencepiece, or train it with identity normalization and byte fallback"
             )
 
 

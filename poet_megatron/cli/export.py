@@ -50,13 +50,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="fp32",
         help="dtype of the stored weights: fp32 does not round rotated weights, bf16 and fp16 take half the space (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="write the weights alone, for a tokenizer that cannot be converted; texts are encoded with the one of the data then",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export as `args` says, print the folder and return the exit code."""
     from poet_megatron.train.export_run import export_run
 
-    folder = export_run(args.run, args.output, args.step, args.dtype)
+    folder = export_run(args.run, args.output, args.step, args.dtype, tokenizer=not args.no_tokenizer)
     print(f"exported to {folder}")
     print(f'load it with transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
     return 0

@@ -16,7 +16,7 @@ from poet_megatron.train.restore import check_one_process, open_run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> Path:
+def export_run(run: Path, output: Path | None, step: int | None, dtype: str, tokenizer: bool = True) -> Path:
     """Export a checkpoint; R and P are folded into the weights, so the model runs like any dense Llama.
 
     Args:
@@ -24,6 +24,7 @@ def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> 
         output: folder to write; <run>/export by default.
         step: which checkpoint; the newest intact one by default.
         dtype: "fp32", "bf16" or "fp16".
+        tokenizer: whether to convert the tokenizer as well; without, the configuration names no special tokens either.
 
     Returns:
         The folder.
@@ -34,4 +35,5 @@ def export_run(run: Path, output: Path | None, step: int | None, dtype: str) -> 
     with open_run(run, step) as (engine, _):
         settings = engine.run
         tensors = ((slot.name, slot.read()) for slot in canonical_slots(engine.chunks[0], settings.model))
-        return export_hf(tensors, settings.model, run / TOKENIZER_NAME, output or RunDirectory(run).export_path, DTYPES[dtype])
+        model = run / TOKENIZER_NAME if tokenizer else None
+        return export_hf(tensors, settings.model, model, output or RunDirectory(run).export_path, DTYPES[dtype])

@@ -137,7 +137,7 @@ def test_a_run_of_one_rank_continues_on_two(tiny_run, losses, blend, tmp_path, p
     pretrain(tiny_run("two", {**settings, "train.stop_at_step": "5"}))
     config = tmp_path / "two.yaml"
     config.write_text(to_yaml(tiny_run("two", settings)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "poet_megatron", "pretrain"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "poet_megatron", "pretrain"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,8 @@ from poet_megatron.train.run import pretrain
 
 
 def torchrun(ranks: int, config: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "poet_megatron", "pretrain"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, "-m", "poet_megatron", "pretrain"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, "--config", str(config), *settings], capture_output=True, text=True, env=environment, timeout=300)
 

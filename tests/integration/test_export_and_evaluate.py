@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.indexed import read_indexed
+from poet_megatron.checkpoint.hf_tokenizer import USER_DEFINED
+from poet_megatron.cli.main import main
 from poet_megatron.errors import UserError
 from poet_megatron.optim.merge import rotated_matrices
 from poet_megatron.train.evaluate_run import evaluate_run
@@ -81,6 +84,33 @@ def test_a_bf16_run_differs_from_its_fp32_export_by_its_rounding(finished):
         pytest.skip("computes in fp32")
     ours, theirs = both_logits(run_dir, in_fp32=False)
     assert (ours - theirs).square().mean().sqrt() < 47**0.5 * 2**-9 / 3**0.5 * theirs.square().mean().sqrt()
+
+
+def with_user_defined_piece(model: Path) -> bytes:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    proto.pieces[-1].type = USER_DEFINED
+    return proto.SerializeToString()
+
+
+def test_weights_alone(finished, tmp_path, capsys):
+    """For a tokenizer that cannot be converted: the same weights, nothing of the tokenizer, no special tokens in the configurations."""
+    _, run_dir = finished
+    broken = tmp_path / "run"
+    shutil.copytree(run_dir, broken)
+    (broken / "tokenizer.model").write_bytes(b"no model")
+    assert main(["export", "--run", str(broken), "--no-tokenizer", "--output", str(tmp_path / "alone")]) == 0, capsys.readouterr().err
+    whole = export_run(run_dir, tmp_path / "whole", None, "fp32")
+    assert {path.name for path in whole.iterdir()} - {path.name for path in (tmp_path / "alone").iterdir()} == {
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "alone" / "config.json").read_text())["eos_token_id"] is None
+    AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    with pytest.raises(UserError, match="export with --no-tokenizer"):
+        (broken / "tokenizer.model").write_bytes(with_user_defined_piece(run_dir / "tokenizer.model"))
+        export_run(broken, tmp_path / "not", None, "fp32")
 
 
 def test_exported_model_generates(finished):

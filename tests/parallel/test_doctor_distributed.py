@@ -10,6 +10,7 @@ import fcntl
 import functools
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -388,9 +389,11 @@ def test_a_file_system_that_returns_other_bytes_is_named(tmp_path: Path) -> None
 
 def test_under_torchrun(tmp_path: Path) -> None:
     """Its agent serves the store, and all that comes on stdout is one JSON object."""
-    command = ["torchrun", "--nproc-per-node", "2", "-m", "poet_megatron", "doctor", "--distributed", "--json", "--folder", str(tmp_path)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", port]
+    command = [*launcher, "-m", "poet_megatron", "doctor", "--distributed", "--json", "--folder", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command[0] = str(Path(sys.executable).with_name("torchrun"))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

@@ -230,13 +230,28 @@ def nobody():
         yield
 
 
-def test_an_unreadable_source_stops_before_any_work(tmp_path, nobody):
+@pytest.fixture
+def open_to_all(tmp_path_factory):
+    """Lets other users enter a folder of pytest's, through the ones above it that are pytest's too (with xdist one more)."""
+    base = tmp_path_factory.getbasetemp()
+    above = [parent for parent in base.parents if parent.name.startswith("pytest-")]
+    if base.name.startswith("popen-"):
+        above.append(base.parent)
+
+    def open_(folder):
+        for path in (folder, *folder.parents):
+            if path == base or base in path.parents or path in above:
+                path.chmod(0o755)
+
+    return open_
+
+
+def test_an_unreadable_source_stops_before_any_work(tmp_path, nobody, open_to_all):
     if os.getuid() == 0:
         os.seteuid(0)
     (tmp_path / "a.jsonl").write_bytes(FIRST)
     (tmp_path / "a.jsonl").chmod(0)
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     if os.getuid() == 0:
         os.seteuid(65534)
     with pytest.raises(UserError, match=r"a.jsonl cannot be read \(Permission denied\): check its permissions"):
@@ -244,14 +259,14 @@ def test_an_unreadable_source_stops_before_any_work(tmp_path, nobody):
 
 
 @pytest.fixture
-def locked(tmp_path, tokenizer, nobody):
+def locked(tmp_path, tokenizer, nobody, open_to_all):
     """A folder that this user may enter and read, and not write."""
     if os.getuid() == 0:
         os.seteuid(0)
     (tmp_path / "a.jsonl").write_bytes(FIRST)
     (tmp_path / "locked").mkdir(mode=0o555)
-    for folder in (tmp_path, tokenizer.parent, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
+    open_to_all(tokenizer.parent)
     if os.getuid() == 0:
         os.seteuid(65534)
     return tmp_path / "locked"
