@@ -1,15 +1,18 @@
 """Token ids of texts under a SentencePiece model, faster than SentencePiece and equal to its own.
 
-BPE models are encoded by `poet_megatron._text` (csrc/text): it normalizes as the model says, cuts the text into words where no piece of the
-vocabulary reaches across, and keeps the ids of frequent words. Everything else is left to SentencePiece itself, for the whole model, and
-`Encoder.reason` says why:
+Both kinds that matter are encoded by `poet_megatron._text` (csrc/text), which normalizes as the model says:
+
+- BPE: it cuts the text into words where no piece of the vocabulary reaches across, and keeps the ids of frequent words;
+- unigram: it looks for the best split of the whole text, adding up scores in SentencePiece's order and precision. (Which of two nearly
+  equal splits wins depends on the roundings, and so on where in the text a word stands: a cache of words would not give the same ids.)
+
+Everything else is left to SentencePiece itself, for the whole model, and `Encoder.reason` says why:
 
 - the extension was not built;
-- unigram, word and character models. SentencePiece adds up a unigram path's scores in float32 from the beginning of the text, so which of
-  two nearly equal splits wins depends on where in the text the word stands: a cache of words would not give the same ids;
+- word and character models;
 - unused pieces, scores that are not finite, a piece that is both text and a control symbol, a control symbol of one character (versions of
-  SentencePiece differ there), spaces not written as U+2581;
-- on a few probe texts the ids were not SentencePiece's (no known model does that; a guard against versions to come).
+  SentencePiece differ there), spaces not written as U+2581; in a unigram model also user-defined symbols and scores above 0;
+- on a few probe texts the ids were not SentencePiece's: its releases do not all round in the same way.
 
 A text with a lone surrogate has no UTF-8: both raise UnicodeEncodeError.
 """
@@ -18,17 +21,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.ids import Ids, Offsets, flat
 from data_prep.tokenizer import load_processor
 from data_prep.tokenizer_file import read_content
 
-BPE = 2
+UNIGRAM, BPE = 1, 2
 """trainer_spec.model_type."""
+UNKNOWN_PENALTY = 10.0
+"""How much less than the least likely piece SentencePiece's unigram gives a character that is none."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces."""
 SPACE = "\u2581"
@@ -44,6 +53,8 @@ PROBES = (
     "a" * 100 + " " * 100 + "ab" * 100,
 )
 """Texts on which the ids of a model must be SentencePiece's before it is used."""
+LONG_PROBE = 200_000
+"""Characters of one more."""
 
 
 class NotNativeError(Exception):
@@ -76,7 +87,7 @@ class Encoder:
         if native:
             try:
                 self._text = compile_model(model)
-                self._probe()
+                self._probe(model)
             except NotNativeError as error:
                 self._text, self.reason = None, str(error)
 
@@ -101,11 +112,21 @@ class Encoder:
             raise TypeError("texts must be strings")
         return Batch(*flat(self._processor.encode([text.encode() for text in texts], num_threads=threads)))
 
-    def _probe(self) -> None:
+    def _probe(self, model: bytes) -> None:
         """Refuse a model whose ids are not SentencePiece's."""
-        for text in PROBES:
+        for text in (*PROBES, *_long_probes(model)):
             if self._text.encode([text], 1)[0].tolist() != self._processor.encode(text):
-                raise NotNativeError(f"the compiled encoder gives other ids than SentencePiece for {text!r}")
+                raise NotNativeError(f"the compiled encoder gives other ids than SentencePiece for {text[:100]!r}")
+
+
+def _long_probes(model: bytes) -> list[str]:
+    """Of a unigram model, a text without structure in its own characters: sums of scores get so low that their roundings show."""
+    proto = _parse(model)
+    if proto.trainer_spec.model_type != UNIGRAM:
+        return []
+    letters = sorted({letter for piece in proto.pieces if piece.type == NORMAL for letter in piece.piece})
+    usual = [letter for letter in letters if "a" <= letter <= "z"] or letters
+    return ["".join(random.Random(0).choices(usual, k=LONG_PROBE))]
 
 
 def load_encoder(model_path: Path | str, native: bool = True) -> Encoder:
@@ -126,6 +147,7 @@ def compile_model(model: bytes, split_at_every_space: bool = False) -> Any:
     proto = _parse(model)
     _check(proto)
     user_defined = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == USER_DEFINED}
+    unigram = proto.trainer_spec.model_type == UNIGRAM
     fallback = proto.trainer_spec.byte_fallback
     normalizer = proto.normalizer_spec
     try:
@@ -135,6 +157,7 @@ def compile_model(model: bytes, split_at_every_space: bool = False) -> Any:
             protected_symbols={piece.encode(): i for piece, i in user_defined.items()},
             byte_ids=_byte_ids(proto) if fallback else [],
             unknown_id=next(i for i, piece in enumerate(proto.pieces) if piece.type == UNKNOWN),
+            unknown_score=float(np.float32(_normal_scores(proto).min()) - np.float32(UNKNOWN_PENALTY)) if unigram else None,
             charsmap=normalizer.precompiled_charsmap,
             add_dummy_prefix=normalizer.add_dummy_prefix,
             remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
@@ -166,8 +189,8 @@ def _parse(model: bytes) -> Any:
 
 def _check(proto: Any) -> None:
     """Refuse what the extension does not do."""
-    if proto.trainer_spec.model_type != BPE:
-        raise NotNativeError("only BPE models have words that can be encoded one by one")
+    if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
+        raise NotNativeError("the model is neither BPE nor unigram")
     if not proto.normalizer_spec.escape_whitespaces:
         raise NotNativeError("the model does not write spaces as U+2581")
     types = {piece.type for piece in proto.pieces}
@@ -175,6 +198,11 @@ def _check(proto: Any) -> None:
         raise NotNativeError("the model has unused pieces")
     if any(not math.isfinite(piece.score) for piece in proto.pieces):
         raise NotNativeError("the model has scores that are not finite")
+    if proto.trainer_spec.model_type == UNIGRAM:
+        if NORMAL not in types or _normal_scores(proto).max() > 0:
+            raise NotNativeError("the model's scores are no logarithms of probabilities")
+        if USER_DEFINED in types:
+            raise NotNativeError("a unigram model with user-defined symbols")
     text = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     if clash := next((piece.piece for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED) and piece.piece in text), None):
         raise NotNativeError(f"{clash!r} is both text and a control symbol")
@@ -186,6 +214,10 @@ def _text_pieces(proto: Any) -> list[tuple[bytes, int, float]]:
     """(text, id, score) of the normal pieces. One with a real space matches nothing: in normalized texts spaces are U+2581."""
     pieces = enumerate(proto.pieces)
     return [(_internal(piece.piece), i, piece.score) for i, piece in pieces if piece.type == NORMAL and " " not in piece.piece]
+
+
+def _normal_scores(proto: Any) -> NDArray[np.float32]:
+    return np.array([piece.score for piece in proto.pieces if piece.type == NORMAL], np.float32)
 
 
 def _internal(piece: str) -> bytes:

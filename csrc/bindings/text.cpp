@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -31,9 +32,11 @@ Symbols symbols_of(const py::dict& ids) {
 }
 
 std::unique_ptr<Encoder> make_encoder(const py::list& pieces, const py::dict& user_defined, const py::dict& protected_symbols,
-                                      const py::list& byte_ids, std::int32_t unknown_id, const py::bytes& charsmap, bool add_dummy_prefix,
-                                      bool remove_extra_whitespaces, bool whitespace_as_suffix, bool split_at_every_space) {
-  Model model{{}, symbols_of(user_defined), py::cast<std::vector<std::int32_t>>(byte_ids), unknown_id, split_at_every_space};
+                                      const py::list& byte_ids, std::int32_t unknown_id, std::optional<float> unknown_score,
+                                      const py::bytes& charsmap, bool add_dummy_prefix, bool remove_extra_whitespaces,
+                                      bool whitespace_as_suffix, bool split_at_every_space) {
+  Model model{{},         symbols_of(user_defined), py::cast<std::vector<std::int32_t>>(byte_ids),
+              unknown_id, unknown_score,            split_at_every_space};
   if (!model.byte_ids.empty() && model.byte_ids.size() != 256) throw std::invalid_argument("byte_ids: none or 256");
   for (const py::handle& item : pieces) {
     const auto piece = py::cast<py::tuple>(item);
@@ -75,11 +78,11 @@ py::tuple encode(const Encoder& encoder, const py::sequence& sequence, int threa
 }  // namespace
 
 PYBIND11_MODULE(_text, m) {
-  m.doc() = "Encoding of texts with SentencePiece BPE models; needs no torch.";
-  py::class_<Encoder>(m, "Encoder", "A BPE model: see data_prep/native_encoder.py, which reads one from a file.")
+  m.doc() = "Encoding of texts with SentencePiece's BPE and unigram models; needs no torch.";
+  py::class_<Encoder>(m, "Encoder", "A model: see data_prep/native_encoder.py, which reads one from a file.")
       .def(py::init(&make_encoder), py::kw_only(), py::arg("pieces"), py::arg("user_defined"), py::arg("protected_symbols"),
-           py::arg("byte_ids"), py::arg("unknown_id"), py::arg("charsmap"), py::arg("add_dummy_prefix"), py::arg("remove_extra_whitespaces"),
-           py::arg("whitespace_as_suffix"), py::arg("split_at_every_space"))
+           py::arg("byte_ids"), py::arg("unknown_id"), py::arg("unknown_score"), py::arg("charsmap"), py::arg("add_dummy_prefix"),
+           py::arg("remove_extra_whitespaces"), py::arg("whitespace_as_suffix"), py::arg("split_at_every_space"))
       .def("encode", &encode, py::arg("texts"), py::arg("threads"),
            "Ids of all texts (int32) and where those of each begin, with the end of the last (int64). Releases the GIL.");
 }

@@ -51,8 +51,15 @@ class Encoder::Lease {
 };
 
 Encoder::Encoder(Model model, Normalizer normalizer)
-    : model_(std::move(model)), normalizer_(std::move(normalizer)), merges_(model_.pieces), joints_(std::size_t{1} << joint_bits) {
-  add_joints();
+    : model_(std::move(model)),
+      normalizer_(std::move(normalizer)),
+      merges_(model_.unknown_score ? std::vector<Piece>{} : model_.pieces),
+      joints_(std::size_t{1} << joint_bits) {
+  if (model_.unknown_score) {
+    unigram_.emplace(model_.pieces, *model_.unknown_score);
+  } else {
+    add_joints();
+  }
   model_.pieces = {};
 }
 
@@ -90,7 +97,7 @@ struct alignas(64) Encoder::Share {
   std::exception_ptr error;
 };
 
-/* Consecutive texts, of about as many bytes in each share; no more shares than texts, and none so small that a thread takes longer to start. */
+/* Consecutive texts, of about as many bytes in each share; no more shares than texts, and none not worth a thread. */
 std::vector<Encoder::Share> Encoder::share_out(const std::vector<std::string_view>& texts, int threads) {
   std::size_t bytes = 0, seen = 0, next = 0;
   for (const std::string_view text : texts) bytes += text.size();
@@ -148,25 +155,31 @@ void Encoder::encode_some(const std::string_view* texts, std::size_t count, Work
 
 void Encoder::encode_text(std::string_view text, Workspace* workspace, std::vector<std::int32_t>* ids) const {
   normalizer_.run(text, &workspace->normalized);
-  std::string_view rest = workspace->normalized;
-  const std::size_t start = ids->size();
-  std::size_t checked = start; /* a run of unknown ids is one, also across words, but not across texts */
-  while (!rest.empty()) {
+  const std::string_view normalized = workspace->normalized;
+  if (normalized.size() > std::numeric_limits<std::int32_t>::max()) throw std::length_error("a text of more than 2 GiB");
+  const auto start = static_cast<std::ptrdiff_t>(ids->size());
+  if (unigram_) {
+    unigram_->apply(normalized, &workspace->ways, &workspace->parts);
+    for (const Part& part : workspace->parts) add(normalized, part, part.symbol, ids);
+  } else {
+    encode_words(normalized, workspace, ids);
+  }
+  if (!model_.byte_ids.empty()) return;
+  const std::int32_t unknown = model_.unknown_id; /* a run of them is one, also across words, but not across texts */
+  ids->erase(std::unique(ids->begin() + start, ids->end(), [unknown](auto a, auto b) { return a == unknown && b == unknown; }), ids->end());
+}
+
+void Encoder::encode_words(std::string_view text, Workspace* workspace, std::vector<std::int32_t>* ids) const {
+  while (!text.empty()) {
     std::int32_t id = 0;
-    std::size_t length = model_.user_defined.empty() ? 0 : model_.user_defined.match(rest, &id);
+    std::size_t length = model_.user_defined.empty() ? 0 : model_.user_defined.match(text, &id);
     if (length > 0) {
       ids->push_back(id);
     } else {
-      length = word_length(rest);
-      encode_word(rest.substr(0, length), workspace, ids);
+      length = word_length(text);
+      encode_word(text.substr(0, length), workspace, ids);
     }
-    rest.remove_prefix(length);
-    if (!model_.byte_ids.empty()) continue;
-    std::size_t kept = checked;
-    for (std::size_t i = checked; i < ids->size(); ++i)
-      if ((*ids)[i] != model_.unknown_id || kept == start || (*ids)[kept - 1] != model_.unknown_id) (*ids)[kept++] = (*ids)[i];
-    ids->resize(kept);
-    checked = kept;
+    text.remove_prefix(length);
   }
 }
 
@@ -206,15 +219,16 @@ void Encoder::encode_word(std::string_view word, Workspace* workspace, std::vect
 }
 
 void Encoder::merge_word(std::string_view word, Workspace* workspace, std::vector<std::int32_t>* ids) const {
-  if (word.size() > std::numeric_limits<std::int32_t>::max()) throw std::length_error("a word of more than 2 GiB");
   merges_.apply(word, &workspace->parts);
-  for (const Part& part : workspace->parts) {
-    const std::int32_t id = part.symbol < 0 ? -1 : merges_.id(part.symbol);
-    if (id >= 0) {
-      ids->push_back(id);
-    } else {
-      add_unknown(word.substr(static_cast<std::size_t>(part.begin), static_cast<std::size_t>(part.end - part.begin)), ids);
-    }
+  for (const Part& part : workspace->parts) add(word, part, part.symbol < 0 ? Merges::no_symbol : merges_.id(part.symbol), ids);
+}
+
+/* The id of a part of a text or, if it has none, what stands for its character. */
+void Encoder::add(std::string_view text, const Part& part, std::int32_t id, std::vector<std::int32_t>* ids) const {
+  if (id >= 0) {
+    ids->push_back(id);
+  } else {
+    add_unknown(text.substr(static_cast<std::size_t>(part.begin), static_cast<std::size_t>(part.end - part.begin)), ids);
   }
 }
 

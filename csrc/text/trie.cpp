@@ -1,0 +1,51 @@
+#include "trie.h"
+
+#include <algorithm>
+
+namespace poet::text {
+
+Trie::Trie(std::vector<std::pair<std::string, std::int32_t>> keys) {
+  std::sort(keys.begin(), keys.end());
+  grow(root);
+  units_[root].parent = nothing;
+  add(keys, 0, keys.size(), 0, root);
+}
+
+/* Add what follows in keys [begin, end), which are alike up to `depth` and lead to `node`. */
+void Trie::add(const Keys& keys, std::size_t begin, std::size_t end, std::size_t depth, std::uint32_t node) {
+  if (begin < end && keys[begin].first.size() == depth) values_[node] = keys[begin++].second;
+  std::vector<unsigned char> bytes;
+  std::vector<std::size_t> starts;
+  for (std::size_t i = begin; i < end; ++i) {
+    const auto byte = static_cast<unsigned char>(keys[i].first[depth]);
+    if (bytes.empty() || bytes.back() != byte) {
+      bytes.push_back(byte);
+      starts.push_back(i);
+    }
+  }
+  starts.push_back(end);
+  if (bytes.empty()) return;
+  const std::uint32_t base = base_for(bytes);
+  units_[node].base = base;
+  for (const unsigned char byte : bytes) units_[base ^ byte].parent = node;
+  for (std::size_t i = 0; i < bytes.size(); ++i) add(keys, starts[i], starts[i + 1], depth + 1, base ^ bytes[i]);
+}
+
+/* The first base at which the places of all these bytes are free. */
+std::uint32_t Trie::base_for(const std::vector<unsigned char>& bytes) {
+  while (first_free_ < units_.size() && units_[first_free_].parent != nobody) ++first_free_;
+  for (std::uint32_t place = first_free_;; ++place) {
+    grow(place | 0xff);
+    const std::uint32_t base = place ^ bytes[0];
+    if (std::all_of(bytes.begin(), bytes.end(), [&](unsigned char byte) { return units_[base ^ byte].parent == nobody; })) return base;
+  }
+}
+
+/* Whole blocks of 256, so that base ^ byte is always inside. */
+void Trie::grow(std::uint32_t last) {
+  if (last < units_.size()) return;
+  units_.resize((static_cast<std::size_t>(last) | 0xff) + 1);
+  values_.resize(units_.size(), no_value);
+}
+
+}  // namespace poet::text
