@@ -23,11 +23,11 @@ def parse(module: types.ModuleType, *words: str) -> argparse.Namespace:
 
 def test_export_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    fake = types.SimpleNamespace(export_run=lambda *args: calls.append(args) or Path("runs/demo/export"))
+    fake = types.SimpleNamespace(export_run=lambda *args, tokenizer: calls.append((*args, tokenizer)) or Path("runs/demo/export"))
     monkeypatch.setitem(sys.modules, "poet_megatron.train.export_run", fake)
     assert export.run(parse(export, "export", "--run", "runs/demo")) == 0
-    assert export.run(parse(export, "export", "--run", "r", "--output", "o", "--step", "7", "--dtype", "bf16")) == 0
-    assert calls == [(Path("runs/demo"), None, None, "fp32"), (Path("r"), Path("o"), 7, "bf16")]
+    assert export.run(parse(export, "export", "--run", "r", "--output", "o", "--step", "7", "--dtype", "bf16", "--no-tokenizer")) == 0
+    assert calls == [(Path("runs/demo"), None, None, "fp32", True), (Path("r"), Path("o"), 7, "bf16", False)]
     assert "runs/demo/export" in capsys.readouterr().out
 
 
