@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(results: dict[str, float]) -> str:
     """The results as text: each number with one sentence on what it means, anything else by name."""
-    lines = []
+    width, lines = max(map(len, results), default=0) + 2, []
     for name, value in results.items():
-        lines.append(f"{name:<24}{value:.10g}" if name not in MEANINGS else f"{name:<24}{value:.4f}\n    {MEANINGS[name]}")
+        lines.append(f"{name:<{width}}{value:.10g}" if name not in MEANINGS else f"{name:<{width}}{value:.4f}\n    {MEANINGS[name]}")
     return "\n".join(lines)

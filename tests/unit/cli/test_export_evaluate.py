@@ -31,6 +31,12 @@ def test_export_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, c
     assert "runs/demo/export" in capsys.readouterr().out
 
 
+def test_numbers_stand_apart_from_their_names() -> None:
+    lines = evaluate.describe({"loss": 3.0, "tokens_reference_protocol": 7138.0}).splitlines()
+    assert lines[0].split() == ["loss", "3.0000"] and lines[-1].split() == ["tokens_reference_protocol", "7138"]
+    assert lines[0].index("3") == lines[-1].index("7138")
+
+
 def test_evaluate_command_prints_numbers_and_meanings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
     results = {"loss": 3.0, "ppl": math.exp(3.0), "ppl_reference_protocol": 19.5, "tokens": 1000.0}
