@@ -162,7 +162,8 @@ def _tokenize(args: argparse.Namespace) -> int:
     for split, documents in totals.documents.items():
         print(f"{split}: {documents:,} documents, {totals.tokens[split]:,} tokens")
     _print_left_out(totals.skipped, totals.filtered)
-    print(f"{args.output}: all {totals.parts} parts of shard {args.shard} are finished ({totals.reused} were there); next: merge")
+    print(f"{args.output}: all {totals.parts} parts of shard {args.shard} are finished ({totals.reused} were there)")
+    print(f"next{', when all shards are' if shard.count > 1 else ''}: poet-megatron prepare merge --parts {args.output} --output FOLDER")
     return 0
 
 

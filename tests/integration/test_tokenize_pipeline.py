@@ -205,6 +205,7 @@ def test_two_folders_of_parts_and_the_command_line(c4_files, c4_tokenizer, tmp_p
     assert main(["prepare", "merge", "--parts", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
     assert "train: 15,000 documents" in out and "valid: 30 documents" in out and "skipped: 1 records (invalid JSON)" in out
+    assert f"next: poet-megatron prepare merge --parts {tmp_path / 'b'} --output FOLDER" in out
     assert f"use data.path={tmp_path / 'm'} and model.vocab_size=400" in out
     assert main(["prepare", "verify", str(tmp_path / "m"), "--samples", "2"]) == 0
     assert "0 problems" in (out := capsys.readouterr().out) and out.count(" tokens: '") == 2
