@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +54,10 @@ PROBES = (
     "a" * 100 + " " * 100 + "ab" * 100,
 )
 """Texts on which the ids of a model must be SentencePiece's before it is used."""
-LONG_PROBE = 200_000
-"""Characters of one more."""
+LONG_PROBE = 100_000
+"""Characters of those that a unigram model has to pass as well."""
+UNIGRAM_SINCE = (0, 2, 2)
+"""First release of SentencePiece whose sums csrc/text/unigram.cpp repeats."""
 
 
 class NotNativeError(Exception):
@@ -120,13 +123,14 @@ class Encoder:
 
 
 def _long_probes(model: bytes) -> list[str]:
-    """Of a unigram model, a text without structure in its own characters: sums of scores get so low that their roundings show."""
+    """Of a unigram model, texts without structure in its own characters and pieces: sums get so low that their roundings show."""
     proto = _parse(model)
     if proto.trainer_spec.model_type != UNIGRAM:
         return []
-    letters = sorted({letter for piece in proto.pieces if piece.type == NORMAL for letter in piece.piece})
+    pieces = [str(piece.piece) for piece in proto.pieces if piece.type == NORMAL]
+    letters = sorted({letter for piece in pieces for letter in piece})
     usual = [letter for letter in letters if "a" <= letter <= "z"] or letters
-    return ["".join(random.Random(0).choices(usual, k=LONG_PROBE))]
+    return ["".join(random.Random(0).choices(some, k=LONG_PROBE))[:LONG_PROBE] for some in (usual, letters, pieces)]
 
 
 def load_encoder(model_path: Path | str, native: bool = True) -> Encoder:
@@ -198,7 +202,11 @@ def _check(proto: Any) -> None:
         raise NotNativeError("the model has unused pieces")
     if any(not math.isfinite(piece.score) for piece in proto.pieces):
         raise NotNativeError("the model has scores that are not finite")
+    if any(not isinstance(piece.piece, str) for piece in proto.pieces):
+        raise NotNativeError("the model has a piece that is not UTF-8")
     if proto.trainer_spec.model_type == UNIGRAM:
+        if _version() < UNIGRAM_SINCE:
+            raise NotNativeError(f"SentencePiece before {'.'.join(map(str, UNIGRAM_SINCE))} rounds a unigram's sums in another way")
         if NORMAL not in types or _normal_scores(proto).max() > 0:
             raise NotNativeError("the model's scores are no logarithms of probabilities")
         if USER_DEFINED in types:
@@ -214,6 +222,12 @@ def _text_pieces(proto: Any) -> list[tuple[bytes, int, float]]:
     """(text, id, score) of the normal pieces. One with a real space matches nothing: in normalized texts spaces are U+2581."""
     pieces = enumerate(proto.pieces)
     return [(_internal(piece.piece), i, piece.score) for i, piece in pieces if piece.type == NORMAL and " " not in piece.piece]
+
+
+def _version() -> tuple[int, ...]:
+    import sentencepiece
+
+    return tuple(int(number) for number in re.findall(r"\d+", sentencepiece.__version__)[:3])
 
 
 def _normal_scores(proto: Any) -> NDArray[np.float32]:

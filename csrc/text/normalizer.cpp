@@ -29,6 +29,12 @@ Normalizer::Normalizer(std::string_view charsmap, Symbols protected_symbols, Nor
   std::memcpy(trie_.data(), charsmap.data() + sizeof bytes, bytes);
   strings_ = charsmap.substr(sizeof bytes + bytes);
   if (strings_.back() != '\0') throw std::invalid_argument("damaged character map");
+  if (!valid_utf8(strings_)) throw std::invalid_argument("damaged character map: its strings are not UTF-8");
+}
+
+/* Whether a character of the strings begins at `at`: what follows up to the next zero is UTF-8 then. */
+bool Normalizer::begins_character(std::uint32_t at) const {
+  return at < strings_.size() && (static_cast<unsigned char>(strings_[at]) & 0xc0) != 0x80;
 }
 
 /* The string for the longest key that the text begins with, nullptr for none. */
@@ -42,7 +48,7 @@ const char* Normalizer::longest_match(std::string_view text, std::size_t* length
     const std::uint32_t unit = trie_[at];
     at ^= offset_of(unit);
     if (at >= trie_.size()) break;
-    if (ends_key(unit) && value_of(trie_[at]) < strings_.size()) {
+    if (ends_key(unit) && begins_character(value_of(trie_[at]))) {
       found = strings_.data() + value_of(trie_[at]);
       *length = i + 1;
     }

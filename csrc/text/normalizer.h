@@ -28,6 +28,7 @@ class Normalizer {
  private:
   std::string_view replace_prefix(std::string_view text, std::size_t* consumed) const;
   void replace_all(std::string_view text, std::string* out) const;
+  bool begins_character(std::uint32_t at) const;
   const char* longest_match(std::string_view text, std::size_t* length) const;
 
   std::vector<std::uint32_t> trie_;

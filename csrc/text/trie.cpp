@@ -31,10 +31,11 @@ void Trie::add(const Keys& keys, std::size_t begin, std::size_t end, std::size_t
   for (std::size_t i = 0; i < bytes.size(); ++i) add(keys, starts[i], starts[i + 1], depth + 1, base ^ bytes[i]);
 }
 
-/* The first base at which the places of all these bytes are free. */
+/* A base at which the places of all these bytes are free: the first one in the last blocks, since holes in older ones are seldom filled. */
 std::uint32_t Trie::base_for(const std::vector<unsigned char>& bytes) {
   while (first_free_ < units_.size() && units_[first_free_].parent != nobody) ++first_free_;
-  for (std::uint32_t place = first_free_;; ++place) {
+  const auto size = static_cast<std::uint32_t>(units_.size());
+  for (std::uint32_t place = std::max(first_free_, size > searched ? size - searched : 0);; ++place) {
     grow(place | 0xff);
     const std::uint32_t base = place ^ bytes[0];
     if (std::all_of(bytes.begin(), bytes.end(), [&](unsigned char byte) { return units_[base ^ byte].parent == nobody; })) return base;

@@ -28,6 +28,7 @@ class Trie {
   std::int32_t value(std::uint32_t node) const { return values_[node]; }
 
  private:
+  static constexpr std::uint32_t searched = 16 * 256; /* places from the end among which one is looked for */
   static constexpr std::uint32_t nobody = ~std::uint32_t{0}, nothing = nobody - 1; /* parent of what is free, and of the root */
 
   /* The child of a node by a byte is at base ^ byte, if that names the node as its parent. */

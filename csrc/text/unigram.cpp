@@ -9,7 +9,7 @@
 namespace poet::text {
 namespace {
 
-constexpr float lowest_sum = -100000.0f;
+constexpr float largest_sum = 100000.0f;
 
 std::vector<std::pair<std::string, std::int32_t>> numbered(const std::vector<Piece>& pieces) {
   std::vector<std::pair<std::string, std::int32_t>> keys;
@@ -18,10 +18,10 @@ std::vector<std::pair<std::string, std::int32_t>> numbered(const std::vector<Pie
   return keys;
 }
 
-/* Subtract the sum to `begin` from it and from all sums that are known already, which are to places up to `last`. */
+/* Subtract the sum to `begin` from all sums to later places that are known already, which are places up to `last`. */
 void count_from(std::size_t begin, std::size_t last, Unigram::Way* way) {
   const float sum = way[begin].score;
-  for (std::size_t i = begin; i <= last; ++i) way[i].score -= sum;
+  for (std::size_t i = begin + 1; i <= last; ++i) way[i].score -= sum;
 }
 
 }  // namespace
@@ -35,16 +35,19 @@ Unigram::Unigram(const std::vector<Piece>& pieces, float unknown_score) : trie_(
 }
 
 /* SentencePiece adds up scores from the beginning of the text in floats, and of equal sums to a place keeps the first, the one with the
-   longest last piece. Once a sum is very low, all are counted from there, so that they do not become too coarse. Which of two nearly equal
+   longest last piece. Once a sum is very low (or, after that, very high), all are counted from there, so that they do not become too coarse. Which of two nearly equal
    splits wins depends on the roundings, so this is the order and the precision here too. */
 void Unigram::apply(std::string_view text, std::vector<Way>* ways, std::vector<Part>* parts) const {
   const std::size_t size = text.size();
   ways->assign(size + 1, Way{0.0f, unknown, nowhere});
   Way* const way = ways->data();
   for (std::size_t begin = 0; begin < size;) {
-    if (way[begin].score < lowest_sum) count_from(begin, std::min(begin + longest_, size), way);
-    const float sum = way[begin].score;
-    const std::size_t next = begin + static_cast<std::size_t>(character_bytes(static_cast<unsigned char>(text[begin])));
+    float sum = way[begin].score;
+    if (sum < -largest_sum || sum > largest_sum) {
+      count_from(begin, std::min(begin + longest_, size), way);
+      sum = 0.0f;
+    }
+    const std::size_t next = std::min(begin + static_cast<std::size_t>(character_bytes(static_cast<unsigned char>(text[begin]))), size);
     const auto consider = [&](std::size_t end, float score, std::int32_t piece) {
       if (way[end].begin == nowhere || score > way[end].score) way[end] = {score, piece, static_cast<std::int32_t>(begin)};
     };

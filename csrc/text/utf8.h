@@ -1,6 +1,7 @@
 /* Valid UTF-8, which is all that these kernels are ever given. */
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 
@@ -19,6 +20,18 @@ inline std::uint32_t character(const char* at, int* bytes) {
     case 3: return (byte(0) & 0x0f) << 12 | (byte(1) & 0x3f) << 6 | (byte(2) & 0x3f);
     default: return (byte(0) & 0x07) << 18 | (byte(1) & 0x3f) << 12 | (byte(2) & 0x3f) << 6 | (byte(3) & 0x3f);
   }
+}
+
+/* Whether a string is made of whole characters: as much as the functions above rely on. */
+inline bool valid_utf8(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const auto first = static_cast<unsigned char>(text[at]);
+    const std::size_t end = at + static_cast<std::size_t>(character_bytes(first));
+    if ((first & 0xc0) == 0x80 || first > 0xf7 || end > text.size()) return false;
+    for (++at; at < end; ++at)
+      if ((static_cast<unsigned char>(text[at]) & 0xc0) != 0x80) return false;
+  }
+  return true;
 }
 
 /* SentencePiece writes U+2581 for a space. Inside these kernels it is one byte again: a normalized text has no other spaces. */

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 WAITING = re.compile(r"\bwait\(|synchronize\(|\.item\(|\.tolist\(|\.cpu\(|\bbarrier\(")
 """Source lines in which a rank waits for others, or for its GPU, which may wait for others."""
+LOST = re.compile(r"[Cc]onnection|gloo|NCCL|[Tt]imed out")
+"""Errors of a rank whose connections to others broke."""
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -107,6 +109,16 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
         ours = ours.f_back
     caller = f", called by {_line(ours)}" if ours is not None and ours is not frame else ""
     return _line(frame) + caller, waits
+
+
+def place_of_error(error: BaseException) -> tuple[str, bool]:
+    """The same of an error that ended training. A rank that lost its connections had waited for others."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place, waits = place_of(None if trace is None else trace.tb_frame)
+    text = f"{type(error).__name__}: {error}".strip()
+    return f"{place}, where it ended with {text.splitlines()[0]}", waits or bool(LOST.search(text))
 
 
 def _line(frame: FrameType) -> str:

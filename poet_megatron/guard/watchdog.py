@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from poet_megatron.errors import EXIT_HANG
-from poet_megatron.guard.hang import RankReport, all_stacks, blame, collectives_issued, main_frame, place_of
+from poet_megatron.guard.hang import RankReport, all_stacks, blame, collectives_issued, main_frame, place_of, place_of_error
 
 GRACE_SECONDS = 60.0
 """How long ranks wait for each other's reports; directories of network file systems are cached for some seconds."""
@@ -47,7 +47,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._fired = threading.Event()
-        self._cut_off = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, phase: str) -> None:
@@ -63,9 +63,10 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop watching. While a hang is being reported (others may have ended, and cut this rank's connections) wait for its end."""
-        if kind is not None and self._thread.is_alive() and self.folder.exists():
-            self._cut_off.set()
-        if self._fired.is_set() or self._cut_off.is_set():
+        if error is not None and self._thread.is_alive() and self.folder.exists():
+            traceback.print_exception(error)  # the process ends before anyone else could
+            self._error = error
+        if self._fired.is_set() or self._error is not None:
             self._thread.join()
         self._stopped.set()
         if self._thread.is_alive():
@@ -83,7 +84,7 @@ class Watchdog:
                 self._since += now - before
             before, ticks = now, ticks + 1
             others = ticks % ticks_between_looks == 0 and self.folder.exists()
-            if others or self._cut_off.is_set() or now - self._since > self.seconds:
+            if others or self._error is not None or now - self._since > self.seconds:
                 self._fired.set()
                 self._end()
                 break
@@ -100,9 +101,8 @@ class Watchdog:
 
     def _report(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        place, waiting = place_of(main_frame())
+        place, waiting = place_of(main_frame()) if self._error is None else place_of_error(self._error)
         seconds = time.monotonic() - self._since
-        waiting = waiting or self._cut_off.is_set()  # it did until it lost its connections; now it waits for this thread
         report = RankReport(self.rank, self.node, os.getpid(), self._phase, seconds, waiting, place, collectives_issued())
         (self.folder / f"rank-{self.rank}.stacks.txt").write_text(all_stacks(), encoding="utf-8")
         _write_whole(self.folder / f"rank-{self.rank}.json", json.dumps(asdict(report), indent=1))

@@ -65,6 +65,29 @@ def test_damaged_character_maps_are_refused(small: list[str]) -> None:
             compile_model(proto.SerializeToString())
 
 
+@needs_extension
+@pytest.mark.parametrize("replacement", [b"x\xf0", b"\xf0\x9f", b"\xc3x", b"\x80x", b"\xed\xa0", b"\xffx"])
+def test_strings_that_are_not_utf8_are_refused(replacement: bytes, tmp_path: Path) -> None:
+    """SentencePiece takes such a map, and such pieces, and encodes with them."""
+    (tmp_path / "rule.tsv").write_text("71\t100\n72\t78 79\n")
+    rules = {"normalization_rule_tsv": str(tmp_path / "rule.tsv"), "model_type": "unigram", "byte_fallback": False}
+    proto = sentencepiece_model_pb2.ModelProto.FromString(train(["qrab ba ab aab xy", "abab xy xy \u0100"] * 50, 12, **rules))
+    whole = proto.normalizer_spec.precompiled_charsmap
+    proto.normalizer_spec.precompiled_charsmap = whole.replace(b"\xc4\x80\0", replacement + b"\0")
+    assert proto.normalizer_spec.precompiled_charsmap != whole
+    encoder = Encoder(proto.SerializeToString(), "model")
+    assert "its strings are not UTF-8" in encoder.reason
+    assert encoder.encode("ab").tolist() == processor(proto.SerializeToString()).encode("ab")
+    proto.normalizer_spec.precompiled_charsmap = whole
+    content = proto.SerializeToString()
+    piece = proto.pieces[-1].piece.encode()
+    damaged = content.replace(b"\x0a" + bytes([len(piece)]) + piece, b"\x0a" + bytes([len(piece)]) + b"\xff" * len(piece), 1)
+    assert damaged != content
+    encoder = Encoder(damaged, "model")
+    assert encoder.reason == "the model has a piece that is not UTF-8"
+    assert encoder.encode("ab").tolist() == processor(damaged).encode("ab")
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_lone_surrogates_are_refused_by_both(own: bytes, native: bool) -> None:
     encoder = Encoder(own, "own", native)

@@ -1,10 +1,12 @@
-"""Where unigram models need care: roundings, equal sums and sums that are counted anew."""
+"""Where unigram models need care: roundings, equal sums, sums that are counted anew, other releases."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
+import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep import native_encoder
@@ -55,6 +57,51 @@ def test_a_long_piece_over_the_place_where_a_unigram_counts_anew() -> None:
     texts = ["x" * count + "abcdefghijkl" * repeats for count in range(95, 106) for repeats in (1, 2)]
     model = unigram_of(scores)
     assert any(len(row) == 102 for row in processor(model).encode(texts)), "the long piece is the last of 102"
+    assert differences(model, texts) == []
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ({"A": -200000.0, "AAAA": -1.0, "B": -1.0, "C": -1.0, "BC": -2.001, "z": -1.0}, "AAAABC"),
+        ({"x": -20.0, "x" * 7000: -1.0, "b": -1.0, "c": -1.0, "bc": -2.001, "z": -19.0}, "x" * 7000 + "bc"),
+        ({"A": -3e38, "AAAA": -1.0, "B": -1.0, "C": -1.0, "BC": -2.001, "z": -1.0}, "AAAABCAABC" * 3),
+    ],
+)
+def test_sums_that_are_very_high_or_infinite(scores: dict[str, float], text: str) -> None:
+    """A long piece that was begun before sums were counted anew stands far above 0 after it: then, too, they are counted anew."""
+    model = unigram_of(scores)
+    assert differences(model, [text, text[:-1], text * 2, "z" + text]) == []
+
+
+@needs_extension
+def test_random_scores_of_every_size() -> None:
+    """Few letters, so that most splits compete; sums that leave the range within a few characters, and ties."""
+    source = random.Random(7)
+    for size in (1.0, 1e3, 4e4, 3e5, 1e30, 3e38) * 12:
+        pieces = {letter: 0.0 for letter in "abc"} | {"".join(source.choices("abc", k=source.randint(2, 7))): 0.0 for _ in range(12)}
+        scores = {piece: -size * source.choice([source.random(), 1.0, 0.25, 1e-5]) for piece in pieces}
+        model = unigram_of(scores)
+        texts = ["".join(source.choices("abc" if number % 4 else "abcd", k=60)) for number in range(60)]
+        assert differences(model, texts) == [], (size, scores)
+
+
+@needs_extension
+def test_older_releases_encode_for_themselves(unigram: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentencepiece, "__version__", "0.2.1")
+    encoder = Encoder(unigram, "unigram")
+    assert encoder.reason == "SentencePiece before 0.2.2 rounds a unigram's sums in another way"
+    monkeypatch.setattr(sentencepiece, "__version__", "0.2.2")
+    assert Encoder(unigram, "unigram").native
+
+
+@needs_extension
+def test_a_vocabulary_of_all_strings_is_loaded_in_its_time() -> None:
+    """88,572 pieces over three letters, a trie whose nodes nearly all have three children. Looking at every hole took minutes of visits."""
+    pieces = ["".join(letters) for length in range(1, 11) for letters in itertools.product("abc", repeat=length)]
+    model = unigram_of({piece: -1.5 * len(piece) - 1 for piece in pieces})
+    texts = ["".join(random.Random(seed).choices("abc", k=300)) for seed in range(50)]
     assert differences(model, texts) == []
 
 
