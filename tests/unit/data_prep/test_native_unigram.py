@@ -80,7 +80,7 @@ def test_random_scores_of_every_size() -> None:
     """Few letters, so that most splits compete; sums that leave the range within a few characters, and ties."""
     source = random.Random(7)
     for size in (1.0, 1e3, 4e4, 3e5, 1e30, 3e38) * 12:
-        pieces = {letter: 0.0 for letter in "abc"} | {"".join(source.choices("abc", k=source.randint(2, 7))): 0.0 for _ in range(12)}
+        pieces = dict.fromkeys("abc", 0.0) | {"".join(source.choices("abc", k=source.randint(2, 7))): 0.0 for _ in range(12)}
         scores = {piece: -size * source.choice([source.random(), 1.0, 0.25, 1e-5]) for piece in pieces}
         model = unigram_of(scores)
         texts = ["".join(source.choices("abc" if number % 4 else "abcd", k=60)) for number in range(60)]
