@@ -8,11 +8,18 @@ Trie::Trie(std::vector<std::pair<std::string, std::int32_t>> keys) {
   std::sort(keys.begin(), keys.end());
   grow(root);
   units_[root].parent = nothing;
-  add(keys, 0, keys.size(), 0, root);
+  std::vector<Range> waiting{{0, keys.size(), 0, root}}; /* no recursion: keys have up to 8,000 bytes */
+  while (!waiting.empty()) {
+    const Range range = waiting.back();
+    waiting.pop_back();
+    add(keys, range, &waiting);
+  }
 }
 
-/* Add what follows in keys [begin, end), which are alike up to `depth` and lead to `node`. */
-void Trie::add(const Keys& keys, std::size_t begin, std::size_t end, std::size_t depth, std::uint32_t node) {
+/* Add the next bytes of a range's keys, and the ranges that they divide it into. */
+void Trie::add(const Keys& keys, const Range& range, std::vector<Range>* waiting) {
+  const auto [first, end, depth, node] = range;
+  std::size_t begin = first;
   if (begin < end && keys[begin].first.size() == depth) values_[node] = keys[begin++].second;
   std::vector<unsigned char> bytes;
   std::vector<std::size_t> starts;
@@ -28,7 +35,7 @@ void Trie::add(const Keys& keys, std::size_t begin, std::size_t end, std::size_t
   const std::uint32_t base = base_for(bytes);
   units_[node].base = base;
   for (const unsigned char byte : bytes) units_[base ^ byte].parent = node;
-  for (std::size_t i = 0; i < bytes.size(); ++i) add(keys, starts[i], starts[i + 1], depth + 1, base ^ bytes[i]);
+  for (std::size_t i = bytes.size(); i-- > 0;) waiting->push_back({starts[i], starts[i + 1], depth + 1, base ^ bytes[i]});
 }
 
 /* A base at which the places of all these bytes are free: the first one in the last blocks, since holes in older ones are seldom filled. */

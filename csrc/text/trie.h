@@ -38,7 +38,13 @@ class Trie {
   };
   using Keys = std::vector<std::pair<std::string, std::int32_t>>;
 
-  void add(const Keys& keys, std::size_t begin, std::size_t end, std::size_t depth, std::uint32_t node);
+  /* Keys [begin, end), which are alike up to `depth` and lead to `node`. */
+  struct Range {
+    std::size_t begin, end, depth;
+    std::uint32_t node;
+  };
+
+  void add(const Keys& keys, const Range& range, std::vector<Range>* waiting);
   std::uint32_t base_for(const std::vector<unsigned char>& bytes);
   void grow(std::uint32_t last);
 
